@@ -1,0 +1,73 @@
+"""Runs the plugin's hooks as soon as Transformers' own modules are imported, and not before.
+
+`import transformers` is lazy and so is this package: neither imports torch until a model class is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def _on_models(module: ModuleType) -> None:
+    from .hub import install_on_models
+
+    install_on_models(module)
+
+
+def _on_trainer(module: ModuleType) -> None:
+    from .hub import install_on_trainer
+
+    install_on_trainer(module)
+
+
+_HOOKS = {"transformers.modeling_utils": _on_models, "transformers.trainer": _on_trainer}
+
+
+class _HookLoader(Loader):
+    """A module's own loader, which runs its hook once the module is complete."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)  # type: ignore[no-any-return]
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _HOOKS[module.__name__](module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class _HookFinder(MetaPathFinder):
+    """Finds the hooked modules as Python would, with a `_HookLoader` around their loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _HOOKS:
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _HookFinder):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _HookLoader(spec.loader)
+                return spec
+        return None
+
+
+def activate() -> None:
+    """Installs each hook now if its module is imported already, else at its import. Safe to call again."""
+    if any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _HookFinder())
+    for name, hook in _HOOKS.items():
+        if name in sys.modules:
+            hook(sys.modules[name])

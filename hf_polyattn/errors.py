@@ -1,0 +1,31 @@
+"""The errors of the package. Each says what was given, what is allowed and what to do next."""
+
+from __future__ import annotations
+
+
+class PolyAttnError(ValueError):
+    """Base class of every error that `hf_polyattn` raises for its user's input."""
+
+
+class SpecError(PolyAttnError):
+    """A polynomial spec or a `PolyAttentionConfig` that cannot be read."""
+
+
+class InputError(PolyAttnError):
+    """Tensors or arguments that the operator cannot accept."""
+
+
+class BackendError(PolyAttnError):
+    """A backend that does not exist, or that cannot run the call it was asked for."""
+
+
+class PatchError(PolyAttnError):
+    """A model that cannot be patched, or that is not in the state the call needs."""
+
+
+class UnsupportedArgumentError(PolyAttnError):
+    """An attention argument of a model that polynomial attention cannot honour."""
+
+
+class CalibrationError(PolyAttnError):
+    """Calibration data or models from which no coefficients can be computed."""

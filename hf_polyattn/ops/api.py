@@ -1,0 +1,255 @@
+"""The public operator: validate once, choose a backend, call it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..spec import MAX_DEGREE, NORMALIZERS, POWERS, Normalizer
+from . import backends
+from .call import Call
+from .dropout import new_seed
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@overload
+def polynomial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    window: int | None = ...,
+    scaling: float | None = ...,
+    power: int = ...,
+    normalizer: Normalizer = ...,
+    center: float | Tensor = ...,
+    radius: float | Tensor = ...,
+    clamp: bool = ...,
+    dropout: float = ...,
+    backend: str = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def polynomial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    causal: bool = ...,
+    window: int | None = ...,
+    scaling: float | None = ...,
+    power: int = ...,
+    normalizer: Normalizer = ...,
+    center: float | Tensor = ...,
+    radius: float | Tensor = ...,
+    clamp: bool = ...,
+    dropout: float = ...,
+    backend: str = ...,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def polynomial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scaling: float | None = None,
+    power: int = 1,
+    normalizer: Normalizer = "rsqrt",
+    center: float | Tensor = 0.0,
+    radius: float | Tensor = 1.0,
+    clamp: bool = False,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns out_i = r_i · Σ_j m_ij p_h(t_ij)^s v_j with t_ij = (scaling · q_i·k_j − center_i) / radius_h.
+
+    Args:
+        query: (B, H, Tq, D), bf16, fp16, fp32 or fp64.
+        key: (B, G, Tk, D), same dtype; H is a multiple of G, and keys are never expanded.
+        value: (B, G, Tk, Dv), same dtype.
+        coefficients: (H, P + 1), or (1, P + 1) shared by the heads, float; ascending powers of t, P in 1..8.
+        mask: bool (B or 1, H or 1, Tq or 1, Tk), True = visible. It multiplies after the polynomial; a row
+            that sees nothing gives zeros.
+        causal: query i sees keys j <= i, aligned top-left.
+        window: query i sees keys with |i - j| < window.
+        scaling: of the scores; D^(-1/2) if None.
+        power: s, 1, 2, 4, 8, 16 or 32, by squaring.
+        normalizer: row scale r_i: rsqrt n_i^(-1/2), mean 1/n_i, none 1, l1 1/(1e-37 + Σ_j |w_ij|), with n_i the
+            number of visible keys of the row, at least 1.
+        center: float, (H,) or (B, H, Tq), in units of the scaled scores; differentiable.
+        radius: float or (H,), positive, in units of the scaled scores.
+        clamp: limit t to [-1, 1].
+        dropout: probability in [0, 1) that an attention weight is dropped after normalization.
+        backend: `auto` or a name in `hf_polyattn.ops.BACKENDS`; one asked for by name never falls back.
+        return_weights: also return the attention weights r_i w_ij, (B, H, Tq, Tk), float32 or float64.
+
+    Returns:
+        (B, Tq, H, Dv) contiguous, in the query's dtype; with return_weights, that and the weights.
+
+    Raises:
+        InputError: shapes, dtypes, devices or settings that do not fit.
+        BackendError: the named backend does not exist or cannot run this call.
+
+    Source: arXiv 2410.18613; DESIGN.md, "The mathematics".
+
+    >>> q, k, v = torch.randn(3, 1, 2, 5, 8).unbind()
+    >>> polynomial_attention(q, k, v, torch.tensor([[0.0, 0.0, 0.0, 1.0]])).shape
+    torch.Size([1, 5, 2, 8])
+    """
+    query, key, value = _autocast(query, key, value)
+    _check_operands(query, key, value, coefficients)
+    batch, heads, q_len, head_dim = query.shape
+    _check_mask(mask, batch, heads, q_len, key.shape[2], query.device)
+    if normalizer not in NORMALIZERS:
+        raise InputError(f"normalizer {normalizer!r} is not one of {NORMALIZERS}")
+    if power not in POWERS:
+        raise InputError(f"power {power!r} is not one of {POWERS}")
+    if window is not None and window < 1:
+        raise InputError(f"window must be at least 1 key, got {window}")
+    if not 0.0 <= dropout < 1.0:
+        raise InputError(f"dropout must be a probability in [0, 1), got {dropout}")
+
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        coefficients=coefficients.expand(heads, -1),
+        mask=mask,
+        center=_center(center, batch, heads, q_len, query.device),
+        radius=_radius(radius, heads, query.device),
+        seed=new_seed(query.device) if dropout > 0.0 else None,
+        causal=causal,
+        window=window,
+        scaling=1.0 / math.sqrt(head_dim) if scaling is None else float(scaling),
+        power=power,
+        normalizer=normalizer,
+        clamp=clamp,
+        dropout=dropout,
+    )
+    name = backends.select(
+        backend,
+        backends.Problem(
+            device=query.device.type,
+            dtype=query.dtype,
+            normalizer=normalizer,
+            power=power,
+            return_weights=return_weights,
+            radius_grad=call.radius is not None and call.radius.requires_grad,
+        ),
+    )
+    if name == "reference":
+        from . import reference
+
+        out, weights = reference.attention(call)
+        return (out, weights) if return_weights else out
+
+    from . import library
+
+    return library.attention(
+        call.query, call.key, call.value, call.coefficients, call.mask, call.center, call.radius, call.seed,
+        call.causal, call.window, call.scaling, call.power, call.normalizer, call.clamp, call.dropout, name,
+    )  # fmt: skip
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts as `scaled_dot_product_attention` does under autocast: to the autocast dtype, float64 excepted."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise InputError(f"query, key and value need 4 dimensions (batch, heads, length, head dim); got {shapes}")
+    batch, heads, _, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[:3] != value.shape[:3]:
+        raise InputError(
+            f"shapes do not fit: {shapes}. Allowed: query (B, H, Tq, D), key (B, G, Tk, D), value (B, G, Tk, Dv)"
+        )
+    if key.shape[1] == 0 or heads % key.shape[1] != 0:
+        raise InputError(f"query heads must be a multiple of key/value heads; got {heads} and {key.shape[1]}")
+    if query.dtype not in _FLOATS or not query.dtype == key.dtype == value.dtype:
+        raise InputError(
+            f"query, key and value need one dtype of bfloat16, float16, float32, float64; got {query.dtype}, "
+            f"{key.dtype}, {value.dtype}. Cast them, or run under torch.autocast."
+        )
+    if coefficients.dim() != 2 or coefficients.shape[0] not in (1, heads) or not coefficients.is_floating_point():
+        raise InputError(
+            f"coefficients must be float (H, P + 1) or (1, P + 1) with H = {heads}; "
+            f"got {coefficients.dtype} {tuple(coefficients.shape)}"
+        )
+    if not 2 <= coefficients.shape[1] <= MAX_DEGREE + 1:
+        raise InputError(f"the degree must be in 1..{MAX_DEGREE}; got {coefficients.shape[1]} coefficients a head")
+    if not query.device == key.device == value.device == coefficients.device:
+        raise InputError(
+            f"query, key, value and coefficients must share a device; got {query.device}, {key.device}, "
+            f"{value.device}, {coefficients.device}"
+        )
+
+
+def _check_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_len: int, device: torch.device) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask must be bool, True = visible; got {mask.dtype}. For an additive mask pass mask == 0.")
+    if mask.device != device:
+        raise InputError(f"mask is on {mask.device}, query on {device}")
+    allowed = ((1, batch), (1, heads), (1, q_len), (k_len,))
+    if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
+        raise InputError(
+            f"mask {tuple(mask.shape)} does not fit; allowed: (B or 1, H or 1, Tq or 1, Tk) with B = {batch}, "
+            f"H = {heads}, Tq = {q_len}, Tk = {k_len}"
+        )
+
+
+def _center(center: float | Tensor, batch: int, heads: int, q_len: int, device: torch.device) -> Tensor | None:
+    """Returns the center expanded to (B, H, Tq), None for 0; autograd undoes the expansion."""
+    if not isinstance(center, Tensor):
+        if center == 0.0:
+            return None
+        center = torch.full((heads,), float(center), device=device)
+    if center.shape == (heads,):
+        center = center[None, :, None]
+    elif center.shape != (batch, heads, q_len):
+        raise InputError(
+            f"center must be a float, (H,) or (B, H, Tq) with B = {batch}, H = {heads}, Tq = {q_len}; "
+            f"got {tuple(center.shape)}"
+        )
+    if center.device != device:
+        raise InputError(f"center is on {center.device}, query on {device}")
+    return center.expand(batch, heads, q_len)
+
+
+def _radius(radius: float | Tensor, heads: int, device: torch.device) -> Tensor | None:
+    """Returns the radius as (H,), None for 1."""
+    if not isinstance(radius, Tensor):
+        if not radius > 0.0:
+            raise InputError(f"radius must be positive, got {radius}")
+        return None if radius == 1.0 else torch.full((heads,), float(radius), device=device)
+    if radius.shape != (heads,):
+        raise InputError(f"radius must be a float or (H,) with H = {heads}; got {tuple(radius.shape)}")
+    if radius.device != device:
+        raise InputError(f"radius is on {radius.device}, query on {device}")
+    return radius

@@ -1,0 +1,46 @@
+"""One validated call of the operator, as every backend receives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Tensors and settings of one call. B batch, H heads, G key/value heads, Tq, Tk, D head dim, P degree.
+
+    Attributes:
+        query: (B, H, Tq, D).
+        key: (B, G, Tk, D); H is a multiple of G, query head h reads key head h // (H / G).
+        value: (B, G, Tk, Dv).
+        coefficients: (H, P + 1), ascending powers of t.
+        mask: bool (B or 1, H or 1, Tq or 1, Tk), True = visible; None where all is visible.
+        center: (B, H, Tq) or None for 0.
+        radius: (H,) or None for 1.
+        seed: int64 (1,) when attention weights are dropped, else None.
+        causal, window: the pattern of `hf_polyattn.ops.masks.band`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    coefficients: Tensor
+    mask: Tensor | None
+    center: Tensor | None
+    radius: Tensor | None
+    seed: Tensor | None
+    causal: bool
+    window: int | None
+    scaling: float
+    power: int
+    normalizer: str
+    clamp: bool
+    dropout: float
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 for float64 queries, else float32."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32

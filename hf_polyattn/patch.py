@@ -1,0 +1,392 @@
+"""Turning the softmax attention of a Transformers model into polynomial attention, and back to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .attention import IMPLEMENTATION
+from .core import CHILD_NAME, PolyAttention
+from .errors import PatchError
+from .families import AttentionSite, attention_sites
+from .ops.backends import check_name
+from .spec import PolyAttentionConfig, Polynomial
+
+CONFIG_KEY = "polyattn_config"
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def patch_model(
+    model: AnyModule,
+    config: str | Polynomial | PolyAttentionConfig,
+    *,
+    layers: Iterable[int] | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    cross_attention: bool | None = None,
+    dry_run: bool = False,
+) -> AnyModule:
+    """Makes the attention of a pretrained model polynomial, in place; its weights stay untouched.
+
+    Args:
+        model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a PEFT,
+            DDP or compiled wrapper around one.
+        config: a spec string such as "poly3" or "poly6-l1", or a whole `PolyAttentionConfig`.
+        layers: only these layer numbers; the others stay softmax.
+        include: glob patterns on module paths; only what matches is patched.
+        exclude: glob patterns on module paths that stay softmax on purpose.
+        cross_attention: also patch cross-attention.
+        dry_run: check, print what would happen and change nothing.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SpecError: the config cannot be read.
+        BackendError: the config's backend does not exist.
+        PatchError: the model has nothing that can be patched, has attention that would silently stay
+            softmax, or is already patched with another config. The model is left as it was.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> bert = patch_model(BertModel(BertConfig(**sizes)), "poly3")
+    >>> is_patched(bert)
+    True
+    """
+    config = _merge(config, layers, include, exclude, cross_attention)
+    check_name(config.backend)
+    root = pretrained_model(model)
+    if is_patched(root):
+        _require_same(root, config)
+        return model
+
+    sites = attention_sites(root)
+    _require_patchable(root, sites, config)
+    if dry_run:
+        print(_describe(sites, config))
+        return model
+
+    chosen = [site for site in sites if _why_not(site, config) is None]
+    children = [_new_child(site, config) for site in chosen]
+    for site, child in zip(chosen, children, strict=True):
+        site.module.add_module(CHILD_NAME, child)
+    for owner in governing_configs(root):
+        _arm(owner.config, config, owner.paths, softmax_implementation=owner.config._attn_implementation)
+    return model
+
+
+def unpatch_model(model: AnyModule) -> AnyModule:
+    """Restores softmax attention, in place: weights, logits and config are as before `patch_model`.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    root = pretrained_model(model)
+    _require_patched(root)
+    owners = governing_configs(root)
+    for _, module in _patched_modules(root):
+        del module._modules[CHILD_NAME]
+    for owner in owners:
+        state = getattr(owner.config, CONFIG_KEY)
+        owner.config._attn_implementation_internal = state["softmax_implementation"]
+        delattr(owner.config, CONFIG_KEY)
+        del owner.config.attn_implementation
+    return model
+
+
+@contextmanager
+def softmax_attention(model: nn.Module) -> Iterator[None]:
+    """Runs a patched model with its original softmax attention inside the `with` block.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    root = pretrained_model(model)
+    _require_patched(root)
+    configs = [owner.config for owner in governing_configs(root)]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = getattr(config, CONFIG_KEY)["softmax_implementation"]
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any attention module of the model is polynomial."""
+    return any(isinstance(module, PolyAttention) for module in model.modules())
+
+
+def patched_layers(model: nn.Module) -> list[tuple[str, PolyAttention]]:
+    """Returns (path of the attention module, its `PolyAttention`) for each polynomial module, in model order.
+
+    Under PEFT's `modules_to_save` it is the trained copy of the active adapter.
+    """
+    return [(path, active_child(module)) for path, module in _patched_modules(pretrained_model(model))]
+
+
+def describe(model: nn.Module) -> Description:
+    """Returns what each attention module of a model is: a table that prints.
+
+    Columns: module path, class, layer, heads, head dim, spec, and `patched` or why not.
+    """
+    root = pretrained_model(model)
+    layers = dict(_patched_modules(root))
+    config = active_child(next(iter(layers.values()))).config if layers else PolyAttentionConfig()
+    return _describe(attention_sites(root), config)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Rows of `describe`: (path, class, layer, heads, head dim, spec, status)."""
+
+    rows: tuple[tuple[str, str, int, int, int, str, str], ...]
+
+    def __str__(self) -> str:
+        return format_table(("module", "class", "layer", "heads", "head dim", "spec", "status"), self.rows)
+
+
+def format_table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    """Returns rows as aligned text columns under a header."""
+    cells = [header, *(tuple(str(cell) for cell in row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """Returns the `PreTrainedModel` inside a PEFT, DDP, FSDP or compiled wrapper.
+
+    Raises:
+        PatchError: there is none.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif callable(getattr(inner, "get_base_model", None)):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise PatchError(
+                f"expected a transformers PreTrainedModel or a wrapper around one, got {type(model).__name__}"
+            )
+    return inner
+
+
+@dataclass(frozen=True, slots=True)
+class GoverningConfig:
+    """A config whose `_attn_implementation` decides for patched modules, and their paths below its owner."""
+
+    config: PreTrainedConfig
+    paths: tuple[str, ...]
+
+
+def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
+    """Returns the configs of every submodel that holds patched modules, and of the modules themselves.
+
+    The root's comes first. Paths are relative to the outermost submodel with that config, without the prefix
+    of a task head, so that they hold for the bare model and for every head.
+    """
+    patched = _patched_modules(root)
+    found: dict[int, GoverningConfig] = {}
+    for prefix, submodel in root.named_modules():
+        if isinstance(submodel, PreTrainedModel) and id(submodel.config) not in found:
+            below = [path[len(prefix) :].lstrip(".") for path, _ in patched if _is_below(path, prefix)]
+            if below:
+                paths = tuple(_strip_head_prefix(submodel, path) for path in below)
+                found[id(submodel.config)] = GoverningConfig(submodel.config, paths)
+    for _, module in patched:
+        found.setdefault(id(module.config), GoverningConfig(module.config, ()))  # type: ignore[arg-type]
+    return list(found.values())
+
+
+def active_child(module: nn.Module) -> PolyAttention:
+    """Returns the `PolyAttention` that a patched attention module runs."""
+    child: Any = module._modules[CHILD_NAME]
+    if isinstance(child, PolyAttention):
+        return child
+    copies = getattr(child, "modules_to_save", {})  # PEFT's ModulesToSaveWrapper
+    for adapter in getattr(child, "active_adapters", []):
+        if adapter in copies:
+            return copies[adapter]  # type: ignore[no-any-return]
+    return child.original_module  # type: ignore[no-any-return]
+
+
+def attach_saved(model: PreTrainedModel) -> None:
+    """Adds the child modules that `model.config.polyattn_config` names, before weights are loaded.
+
+    Runs for each submodel while a model is built; paths that are not below this one are left to the others.
+
+    Raises:
+        SpecError: the saved config cannot be read.
+        PatchError: a named module exists but cannot be patched.
+    """
+    state = getattr(model.config, CONFIG_KEY, None)
+    if state is None:
+        return
+    config = config_from_state(state)
+    paths = state.get("modules") if isinstance(state, Mapping) else None
+    sites = attention_sites(model)
+    if paths is None:  # written by hand beside a softmax checkpoint
+        chosen = [site for site in sites if _why_not(site, config) is None]
+    else:
+        chosen = [site for site in sites if _strip_head_prefix(model, site.path) in paths]
+    for site in chosen:
+        if site.obstacle is not None:
+            raise PatchError(f"the checkpoint has a polynomial {site.path!r}, but {site.obstacle}")
+        if CHILD_NAME not in site.module._modules:
+            site.module.add_module(CHILD_NAME, _new_child(site, config))
+    if not is_patched(model):
+        return
+    for owner in governing_configs(model):
+        if owner.config._attn_implementation != IMPLEMENTATION:
+            softmax = owner.config._attn_implementation
+        else:
+            softmax = model.get_correct_attn_implementation(None)
+        _arm(owner.config, config, owner.paths, softmax)
+
+
+def config_from_state(state: Any) -> PolyAttentionConfig:
+    """Returns the `PolyAttentionConfig` in a model's `polyattn_config`.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    if isinstance(state, Mapping):
+        state = {key: value for key, value in state.items() if key not in ("modules", "softmax_implementation")}
+    return PolyAttentionConfig.from_dict(state)
+
+
+def reconfigure(model: nn.Module, **changes: bool) -> None:
+    """Changes fields of the config in every patched layer and in the model's configs."""
+    root = pretrained_model(model)
+    for module in root.modules():
+        if isinstance(module, PolyAttention):
+            module.configure(dataclasses.replace(module.config, **changes))
+    for owner in governing_configs(root):
+        getattr(owner.config, CONFIG_KEY).update(changes)
+
+
+def _arm(
+    config: PreTrainedConfig, patch: PolyAttentionConfig, paths: tuple[str, ...], softmax_implementation: str
+) -> None:
+    """Makes a config run "polyattn", and a Transformers without the plugin refuse to load it."""
+    state = {**patch.to_dict(), "modules": list(paths), "softmax_implementation": softmax_implementation}
+    setattr(config, CONFIG_KEY, state)
+    config.attn_implementation = IMPLEMENTATION
+    config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _new_child(site: AttentionSite, config: PolyAttentionConfig) -> PolyAttention:
+    device = next((parameter.device for parameter in site.module.parameters()), torch.device("cpu"))
+    child = PolyAttention(config, site.heads, site.head_dim, device=device)
+    return child.train(site.module.training)
+
+
+def _merge(
+    config: str | Polynomial | PolyAttentionConfig,
+    layers: Iterable[int] | None,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
+    cross_attention: bool | None,
+) -> PolyAttentionConfig:
+    if not isinstance(config, PolyAttentionConfig):
+        config = PolyAttentionConfig(Polynomial.parse(config))
+    given = {"layers": layers, "include": include, "exclude": exclude, "cross_attention": cross_attention}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, **changes)
+
+
+def _why_not(site: AttentionSite, config: PolyAttentionConfig) -> str | None:
+    """Returns why a module is not to be patched, on purpose or not; None if it is."""
+    if _excluded(site, config):
+        return "excluded"
+    if site.cross_attention and not config.cross_attention:
+        return "cross-attention, not asked for"
+    if config.layers is not None and site.layer not in config.layers:
+        return "layer not asked for"
+    return site.obstacle
+
+
+def _excluded(site: AttentionSite, config: PolyAttentionConfig) -> bool:
+    included = config.include is None or any(fnmatchcase(site.path, pattern) for pattern in config.include)
+    return not included or any(fnmatchcase(site.path, pattern) for pattern in config.exclude)
+
+
+def _require_patchable(root: PreTrainedModel, sites: list[AttentionSite], config: PolyAttentionConfig) -> None:
+    name = type(root).__name__
+    stuck = [site for site in sites if site.obstacle is not None and not _excluded(site, config)]
+    if stuck:
+        classes = sorted({f"{site.class_name} ({site.obstacle})" for site in stuck})
+        raise PatchError(
+            f"{name} has attention that would silently stay softmax: {'; '.join(classes)}, for example at "
+            f"{stuck[0].path!r}. Pass exclude=[...] to leave these modules softmax on purpose."
+        )
+    if config.layers is not None:
+        known = {site.layer for site in sites}
+        unknown = [layer for layer in config.layers if layer not in known]
+        if unknown:
+            raise PatchError(f"{name} has no attention in layers {unknown}; it has layers {sorted(known)}")
+    reasons = {_why_not(site, config) for site in sites}
+    if None not in reasons:
+        found = (
+            f"its attention modules are all left out: {sorted(map(str, reasons))}"
+            if sites
+            else ("it has no attention module that uses Transformers' attention interface")
+        )
+        raise PatchError(f"{name} has no module that can be patched: {found}")
+
+
+def _require_patched(root: PreTrainedModel) -> None:
+    if not is_patched(root):
+        raise PatchError(f"{type(root).__name__} is not patched; call patch_model(model, spec) first")
+
+
+def _require_same(root: PreTrainedModel, config: PolyAttentionConfig) -> None:
+    current = patched_layers(root)[0][1].config
+    calibrated = {name: getattr(current, name) for name in ("interval", "clamp", "key_shift")}
+    if current not in (config, dataclasses.replace(config, **calibrated)):
+        raise PatchError(
+            f"{type(root).__name__} is already patched with {current}, asked for {config}. "
+            "Call unpatch_model(model) first, or patch with the same config."
+        )
+
+
+def _patched_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in root.named_modules() if CHILD_NAME in module._modules]
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(prefix + ".")
+
+
+def _strip_head_prefix(model: PreTrainedModel, path: str) -> str:
+    prefix = model.base_model_prefix
+    if prefix and hasattr(model, prefix):
+        return path.removeprefix(prefix + ".")
+    return path
+
+
+def _describe(sites: list[AttentionSite], config: PolyAttentionConfig) -> Description:
+    rows = []
+    for site in sites:
+        spec, status = "softmax", _why_not(site, config) or "can be patched"
+        if CHILD_NAME in site.module._modules:
+            spec, status = str(active_child(site.module).config), "patched"
+            if site.module.config._attn_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
+                status = f"patched, but running {site.module.config._attn_implementation}"  # type: ignore[union-attr]
+        rows.append((site.path, site.class_name, site.layer, site.heads, site.head_dim, spec, status))
+    return Description(tuple(rows))

@@ -1,0 +1,197 @@
+"""What a polynomial is and what a patched model remembers of it: plain data, standard library only."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from .errors import SpecError
+
+Normalizer = Literal["rsqrt", "mean", "none", "l1"]
+Family = Literal["poly", "taylor"]
+Granularity = Literal["head", "layer"]
+
+NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
+POWERS = (1, 2, 4, 8, 16, 32)
+MAX_DEGREE = 8
+FORMAT_VERSION = 1
+
+GRAMMAR = (
+    '("poly" | "taylor") degree ["^" power] ["-" normalizer], with degree 1..8, '
+    "power 1|2|4|8|16|32 and normalizer rsqrt|mean|none|l1; "
+    "for example poly3, poly6-l1 or poly3^16-l1"
+)
+_SPEC = re.compile(r"(poly|taylor)(\d+)(?:\^(\d+))?(?:-([a-z0-9]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Polynomial:
+    """The activation p_h(t)^s of attention scores and how a row of them is normalized.
+
+    Attributes:
+        family: where uncalibrated coefficients come from: `poly` is the monomial x^degree (the Taylor
+            polynomial of exp(x/power) when power > 1, as x^(degree*power) overflows), `taylor` is the
+            Taylor polynomial of exp(x/power).
+        degree: P, 1 to 8.
+        power: s, the exponent put on p, reached by squaring: 1, 2, 4, 8, 16 or 32.
+        normalizer: the row scale r_i: `rsqrt` n^(-1/2), `mean` 1/n, `none` 1, `l1` 1/Σ|w|.
+
+    Source: arXiv 2410.18613 for `poly`, 2403.02920 for `taylor`; DESIGN.md, "The mathematics".
+
+    >>> str(Polynomial.parse("poly3^16-l1"))
+    'poly3^16-l1'
+    >>> Polynomial.parse("poly3").initial_coefficients()
+    (0.0, 0.0, 0.0, 1.0)
+    """
+
+    family: Family = "poly"
+    degree: int = 3
+    power: int = 1
+    normalizer: Normalizer = "rsqrt"
+
+    def __post_init__(self) -> None:
+        if self.family not in get_args(Family):
+            raise SpecError(f"family {self.family!r} is not one of 'poly', 'taylor'. Grammar: {GRAMMAR}")
+        if isinstance(self.degree, bool) or not isinstance(self.degree, int) or not 1 <= self.degree <= MAX_DEGREE:
+            raise SpecError(f"degree {self.degree!r} is not in 1..{MAX_DEGREE}. Grammar: {GRAMMAR}")
+        if isinstance(self.power, bool) or self.power not in POWERS:
+            raise SpecError(f"power {self.power!r} is not one of {POWERS}. Grammar: {GRAMMAR}")
+        if self.normalizer not in NORMALIZERS:
+            raise SpecError(f"normalizer {self.normalizer!r} is not one of {NORMALIZERS}. Grammar: {GRAMMAR}")
+
+    @classmethod
+    def parse(cls, spec: str | Polynomial) -> Polynomial:
+        """Returns the polynomial that a spec string names.
+
+        Raises:
+            SpecError: the string does not follow the grammar; the message quotes both.
+        """
+        if isinstance(spec, Polynomial):
+            return spec
+        if not isinstance(spec, str):
+            raise SpecError(f"a spec is a string, got {type(spec).__name__} {spec!r}. Grammar: {GRAMMAR}")
+        match = _SPEC.fullmatch(spec)
+        if match is None:
+            raise SpecError(f"spec {spec!r} does not follow the grammar: {GRAMMAR}")
+        family, degree, power, normalizer = match.groups()
+        try:
+            return cls(family, int(degree), int(power or 1), normalizer or "rsqrt")  # type: ignore[arg-type]
+        except SpecError as error:
+            raise SpecError(f"spec {spec!r}: {error}") from None
+
+    def __str__(self) -> str:
+        power = f"^{self.power}" if self.power > 1 else ""
+        normalizer = f"-{self.normalizer}" if self.normalizer != "rsqrt" else ""
+        return f"{self.family}{self.degree}{power}{normalizer}"
+
+    def initial_coefficients(self) -> tuple[float, ...]:
+        """Returns the P + 1 uncalibrated coefficients, ascending powers of t."""
+        if self.family == "poly" and self.power == 1:
+            return (0.0,) * self.degree + (1.0,)
+        return tuple(1.0 / (math.factorial(k) * self.power**k) for k in range(self.degree + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class PolyAttentionConfig:
+    """Which attention modules become polynomial, and with what.
+
+    Attributes:
+        spec: the polynomial; a string is parsed.
+        layers: indices of the layers to patch; None for all of them.
+        include: glob patterns on module paths; None admits every path.
+        exclude: glob patterns on module paths that stay softmax on purpose.
+        cross_attention: also patch cross-attention modules.
+        granularity: one polynomial per `head` or one per `layer`.
+        learnable: whether the polynomial trains with the model; frozen otherwise.
+        interval: whether scores are mapped by a center and a radius per head before the polynomial.
+        clamp: whether t is limited to [-1, 1].
+        key_shift: whether the center carries the key shift μ_h, one vector per head.
+        backend: the operator's backend, `auto` or a name in `hf_polyattn.ops.BACKENDS`.
+
+    `calibrate` switches interval, clamp and key_shift on. Source: DESIGN.md, "The mathematics".
+
+    >>> PolyAttentionConfig.from_dict(PolyAttentionConfig("poly6-l1", layers=[0, 1]).to_dict()).layers
+    (0, 1)
+    """
+
+    spec: Polynomial = Polynomial()
+    layers: tuple[int, ...] | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    cross_attention: bool = False
+    granularity: Granularity = "head"
+    learnable: bool = True
+    interval: bool = False
+    clamp: bool = False
+    key_shift: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", Polynomial.parse(self.spec))
+        object.__setattr__(self, "layers", _layer_indices(self.layers))
+        object.__setattr__(self, "include", None if self.include is None else _patterns("include", self.include))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        if self.granularity not in get_args(Granularity):
+            raise SpecError(f"granularity {self.granularity!r} is not one of {get_args(Granularity)}")
+        for name in ("cross_attention", "learnable", "interval", "clamp", "key_shift"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.backend, str):
+            raise SpecError(f"backend must be a string, got {self.backend!r}")
+
+    def __str__(self) -> str:
+        return str(self.spec)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as JSON types, with its format version."""
+        data = asdict(self)
+        data["spec"] = str(self.spec)
+        for name in ("layers", "include", "exclude"):
+            data[name] = None if data[name] is None else list(data[name])
+        return {"format_version": FORMAT_VERSION, **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PolyAttentionConfig:
+        """Returns the config that `to_dict` wrote.
+
+        Raises:
+            SpecError: not a mapping, another format version, or a key that this version does not know.
+        """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"a polyattn config is a mapping, got {type(data).__name__}")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SpecError(
+                f"polyattn config has format_version {version!r}; this hf_polyattn reads {FORMAT_VERSION}. "
+                "Install the hf_polyattn that wrote it, or patch and save the model again."
+            )
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known - {"format_version"})
+        if unknown:
+            raise SpecError(f"polyattn config has unknown keys {unknown}; known are {sorted(known)}")
+        if "spec" not in data:
+            raise SpecError(f"polyattn config has no 'spec'; it has {sorted(data)}")
+        return cls(**{key: value for key, value in data.items() if key != "format_version"})
+
+
+def _layer_indices(layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, (str, int)) or not isinstance(layers, Iterable):
+        raise SpecError(f"layers must be a sequence of layer indices or None, got {layers!r}")
+    indices = tuple(layers)
+    if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in indices):
+        raise SpecError(f"layers must be indices >= 0, got {indices!r}")
+    return tuple(sorted(set(indices)))
+
+
+def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        return (patterns,)
+    patterns = tuple(patterns)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise SpecError(f"{name} must be glob patterns on module paths, got {patterns!r}")
+    return patterns
