@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._activation import activate
 
 if TYPE_CHECKING:
-    from .calibrate import CalibrationReport, calibrate
+    from .calibration import CalibrationReport, calibrate
     from .distill import distill, param_groups
     from .errors import (
         BackendError,
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BackendError": "errors",
     "CalibrationError": "errors",
-    "CalibrationReport": "calibrate",
+    "CalibrationReport": "calibration",
     "InputError": "errors",
     "PatchError": "errors",
     "PolyAttentionConfig": "spec",
@@ -39,7 +39,7 @@ _HOME = {
     "Polynomial": "spec",
     "SpecError": "errors",
     "UnsupportedArgumentError": "errors",
-    "calibrate": "calibrate",
+    "calibrate": "calibration",
     "describe": "patch",
     "distill": "distill",
     "is_patched": "patch",

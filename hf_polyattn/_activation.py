@@ -1,4 +1,4 @@
-"""Runs the plugin's hooks as soon as Transformers' own modules are imported, and not before.
+"""Runs the plugin's hooks as soon as the modules of Transformers and PEFT are imported, and not before.
 
 `import transformers` is lazy and so is this package: neither imports torch until a model class is used.
 """
@@ -12,20 +12,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-
-def _on_models(module: ModuleType) -> None:
-    from .hub import install_on_models
-
-    install_on_models(module)
-
-
-def _on_trainer(module: ModuleType) -> None:
-    from .hub import install_on_trainer
-
-    install_on_trainer(module)
+# The function of `hf_polyattn.hub` that each module is handed to.
+_HOOKS = {
+    "transformers.modeling_utils": "install_on_models",
+    "transformers.trainer": "install_on_trainer",
+    "peft.peft_model": "install_on_peft",
+}
 
 
-_HOOKS = {"transformers.modeling_utils": _on_models, "transformers.trainer": _on_trainer}
+def _run_hook(module: ModuleType) -> None:
+    from . import hub
+
+    getattr(hub, _HOOKS[module.__name__])(module)
 
 
 class _HookLoader(Loader):
@@ -39,7 +37,7 @@ class _HookLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _HOOKS[module.__name__](module)
+        _run_hook(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -68,6 +66,5 @@ def activate() -> None:
     if any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _HookFinder())
-    for name, hook in _HOOKS.items():
-        if name in sys.modules:
-            hook(sys.modules[name])
+    for name in _HOOKS.keys() & sys.modules.keys():
+        _run_hook(sys.modules[name])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from .core import CHILD_NAME
 from .errors import InputError, UnsupportedArgumentError
@@ -18,13 +17,18 @@ IMPLEMENTATION = "polyattn"
 # Arguments that change what softmax attention computes and that w = p(t) cannot carry.
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sinks", "cache", "attn_bias")
 
-# Additive masks hold 0 where a score is visible and a large negative number where it is not.
-_MASKED_BELOW = -1e4 + 1.0
+# Additive masks hold 0 where a score is visible and a large negative number where it is not: -1e4, which
+# bfloat16 rounds to -9984, or less.
+_MASKED_BELOW = -9984.0
 
 
-def register() -> None:
-    """Registers "polyattn" with Transformers: the attention function, and `sdpa_mask` for its masks."""
-    AttentionInterface.register(IMPLEMENTATION, polyattn_forward)
+def register(attention_interface: Any) -> None:
+    """Registers "polyattn" with Transformers: the attention function, and `sdpa_mask` for its masks.
+
+    Args:
+        attention_interface: `transformers.modeling_utils.AttentionInterface`, which imports this package's hooks.
+    """
+    attention_interface.register(IMPLEMENTATION, polyattn_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import PatchError
 from .ops import polynomial_attention
+from .ops.api import _autocast
 from .spec import PolyAttentionConfig
 
 CHILD_NAME = "polyattn"
@@ -100,7 +101,7 @@ class PolyAttention(nn.Module):
         center: Tensor | float = self.center if config.interval else 0.0
         if config.key_shift:
             center = self.shifted_center(query, scaling)
-        return polynomial_attention(
+        output: Tensor | tuple[Tensor, Tensor] = polynomial_attention(  # type: ignore[call-overload,misc]
             query,
             key,
             value,
@@ -117,10 +118,15 @@ class PolyAttention(nn.Module):
             dropout=dropout,
             backend=config.backend,
             return_weights=return_weights,
-        )  # type: ignore[call-overload,no-any-return]
+        )
+        return output
 
     def shifted_center(self, query: Tensor, scaling: float) -> Tensor:
-        """Returns center_h + scaling · q_i·μ_h, (B, H, Tq), float32 (float64 for float64 queries)."""
+        """Returns center_h + scaling · q_i·μ_h, (B, H, Tq), float32 (float64 for float64 queries).
+
+        Of the query as autocast rounds it: the score has the same rounding, and the difference is small.
+        """
+        (query,) = _autocast(query)
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         with torch.autocast(device_type=query.device.type, enabled=False):
             shift = (query.to(dtype) @ self.key_shift.to(dtype).unsqueeze(-1)).squeeze(-1)
@@ -133,9 +139,11 @@ class PolyAttention(nn.Module):
                 return tensor.to(applied.device)
             return applied
 
-        return super()._apply(keep_precision, recurse)  # type: ignore[return-value]
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
+        """Returns the spec, the sizes and what the config switches on."""
         config = self.config
         parts = [f"{config.spec}", f"heads={self.heads}", f"head_dim={self.head_dim}"]
         parts += [name for name in ("interval", "clamp", "key_shift") if getattr(config, name)]

@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -27,17 +26,20 @@ _HEAD_DIM = (
     "dim_per_head",
     "d_kv",
 )
-_WIDTH = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim")
-_SOFTMAX_CALLS = {
-    "softmax",
-    "Softmax",
-    "scaled_dot_product_attention",
-    "multi_head_attention_forward",
-    "logsumexp",
-    "_flash_attention_forward",
-}
+_WIDTH = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim_out", "dim")
+# ALL_ATTENTION_FUNCTIONS without `get_interface`: Kosmos-2.5 vision and the Qwen2.5-Omni vocoder look functions up
+# in ways that miss registered ones.
+_SOFTMAX_CALL = re.compile(
+    "softmax|scaled_dot_product|multi_head_attention|logsumexp|flash_attention|ALL_ATTENTION_FUNCTIONS", re.IGNORECASE
+)
+_SPARSE_KEYWORDS = {"indices", "block_indices"}
+# Families that read what only softmax attention has.
+_OBSTACLES = {"NllbMoeAttention": "its router reads the additive mask of eager attention"}
+
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-_CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encoder_?attention|enc_?dec_?attention", re.IGNORECASE)
+_CROSS_ATTENTION = re.compile(
+    r"cross|encoder_?attn|encoder_?attention|enc_?dec_?attention|token_to_image|image_to_token", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class AttentionSite:
 
     @property
     def class_name(self) -> str:
+        """Name of the module's class."""
         return type(self.module).__name__
 
 
@@ -72,33 +75,41 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     sites: list[AttentionSite] = []
     for path, module in model.named_modules():
         kind = type(module)
-        if dispatches(kind):
-            heads, head_dim = head_shape(module)
-            obstacle = None if heads and head_dim else "its number of heads or head dim cannot be read"
-            if getattr(getattr(module, "config", None), "_attn_implementation", None) is None:
-                obstacle = "it has no config whose attention implementation could be chosen"
-        elif hard_coded_softmax(kind):
-            heads, head_dim = head_shape(module)
-            obstacle = "hard-coded softmax, it does not use the attention interface"
-        else:
+        if not dispatches(kind) and not hard_coded_softmax(kind):
             continue
+        heads, head_dim = head_shape(module)
         layer = _layer(path, module, len(sites))
+        obstacle = _obstacle(module, heads, head_dim)
         sites.append(AttentionSite(path, module, layer, heads, head_dim, _is_cross(path, module), obstacle))
     return sites
 
 
-@cache
+def _obstacle(module: nn.Module, heads: int, head_dim: int) -> str | None:
+    """Returns why an attention module cannot be made polynomial, or None."""
+    if not dispatches(type(module)):
+        return "hard-coded softmax, it does not use the attention interface"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation is None:
+        return "it has no config whose attention implementation could be chosen"
+    if not heads or not head_dim:
+        return "its number of heads or head dim cannot be read"
+    if not _SPARSE_KEYWORDS.isdisjoint(_mentions(type(module)).keywords):
+        return "sparse attention that hides keys by other means than the mask"
+    if implementation == "eager" and not hasattr(module, "is_causal"):
+        return "it has no is_causal, so a missing mask could mean either"
+    return _OBSTACLES.get(type(module).__name__)
+
+
 def dispatches(kind: type[nn.Module]) -> bool:
     """Whether a module class calls `ALL_ATTENTION_FUNCTIONS.get_interface`."""
-    return "get_interface" in _names_used(kind)
+    return "get_interface" in _mentions(kind).names
 
 
-@cache
 def hard_coded_softmax(kind: type[nn.Module]) -> bool:
     """Whether a module class is an attention that computes softmax by itself."""
     if dispatches(kind) or not _ATTENTION_CLASS.search(kind.__name__):
         return False
-    return not _SOFTMAX_CALLS.isdisjoint(_names_used(kind))
+    return any(_SOFTMAX_CALL.search(name) for name in _mentions(kind).names)
 
 
 def head_shape(module: nn.Module) -> tuple[int, int]:
@@ -135,26 +146,47 @@ def _layer(path: str, module: nn.Module, place: int) -> int:
 def _is_cross(path: str, module: nn.Module) -> bool:
     if getattr(module, "is_cross_attention", False) is True or "Cross" in type(module).__name__:
         return True
-    return any(_CROSS_ATTENTION.search(part) for part in path.split("."))
+    # Only what follows the layer number: `cross_modal_layers.0.attention` is self-attention in a layer that has both.
+    return _CROSS_ATTENTION.search(re.split(r"\.\d+\.", path)[-1]) is not None
 
 
-def _names_used(kind: type[nn.Module]) -> frozenset[str]:
-    """Returns the global and attribute names that the methods of a class mention, `nn.Module`'s own left out.
+@dataclass(frozen=True, slots=True)
+class _Mentions:
+    """Names of globals and attributes, and of keyword arguments, that the methods of a class mention."""
+
+    names: frozenset[str]
+    keywords: frozenset[str]
+
+
+_READ: dict[type[nn.Module], _Mentions] = {}
+
+
+def _mentions(kind: type[nn.Module]) -> _Mentions:
+    """Returns what the methods of a class mention, `nn.Module`'s own left out.
 
     An overridden method counts only where an override calls `super()`.
     """
-    used: set[str] = set()
-    overridden: set[str] = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            break
-        for name, attribute in vars(base).items():
-            if name == "__init__" or not inspect.isfunction(attribute):
-                continue
-            names = used if getattr(kind, name, None) is attribute else overridden
-            for code in _code_objects(inspect.unwrap(attribute).__code__):
-                names.update(code.co_names)
-    return frozenset(used | overridden if "super" in used else used)
+    if kind not in _READ:
+        used: list[CodeType] = []
+        overridden: list[CodeType] = []
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+            for name, attribute in vars(base).items():
+                if name != "__init__" and inspect.isfunction(attribute):
+                    codes = used if getattr(kind, name, None) is attribute else overridden
+                    codes.extend(_code_objects(inspect.unwrap(attribute).__code__))
+        if any("super" in code.co_names for code in used):
+            used += overridden
+        _READ[kind] = _Mentions(
+            frozenset(name for code in used for name in code.co_names),
+            frozenset(name for code in used for constant in code.co_consts for name in _strings(constant)),
+        )
+    return _READ[kind]
+
+
+def _strings(constant: object) -> tuple[str, ...]:
+    """Returns the keyword names in a constant of compiled code: it holds them as strings or in tuples."""
+    names = constant if isinstance(constant, tuple) else (constant,)
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def _code_objects(code: CodeType) -> Iterator[CodeType]:

@@ -209,7 +209,7 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
                 paths = tuple(_strip_head_prefix(submodel, path) for path in below)
                 found[id(submodel.config)] = GoverningConfig(submodel.config, paths)
     for _, module in patched:
-        found.setdefault(id(module.config), GoverningConfig(module.config, ()))  # type: ignore[arg-type]
+        found.setdefault(id(module.config), GoverningConfig(module.config, ()))
     return list(found.values())
 
 
@@ -270,7 +270,7 @@ def config_from_state(state: Any) -> PolyAttentionConfig:
     return PolyAttentionConfig.from_dict(state)
 
 
-def reconfigure(model: nn.Module, **changes: bool) -> None:
+def reconfigure(model: nn.Module, **changes: Any) -> None:
     """Changes fields of the config in every patched layer and in the model's configs."""
     root = pretrained_model(model)
     for module in root.modules():
@@ -328,7 +328,7 @@ def _excluded(site: AttentionSite, config: PolyAttentionConfig) -> bool:
 
 def _require_patchable(root: PreTrainedModel, sites: list[AttentionSite], config: PolyAttentionConfig) -> None:
     name = type(root).__name__
-    stuck = [site for site in sites if site.obstacle is not None and not _excluded(site, config)]
+    stuck = [site for site in sites if site.obstacle is not None and _why_not(site, config) == site.obstacle]
     if stuck:
         classes = sorted({f"{site.class_name} ({site.obstacle})" for site in stuck})
         raise PatchError(

@@ -24,7 +24,7 @@ GRAMMAR = (
     "power 1|2|4|8|16|32 and normalizer rsqrt|mean|none|l1; "
     "for example poly3, poly6-l1 or poly3^16-l1"
 )
-_SPEC = re.compile(r"(poly|taylor)(\d+)(?:\^(\d+))?(?:-([a-z0-9]+))?")
+_SPEC = re.compile(r"(poly|taylor)([1-9][0-9]*)(?:\^([1-9][0-9]*))?(?:-([a-z0-9]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class Polynomial:
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
             raise SpecError(f"family {self.family!r} is not one of 'poly', 'taylor'. Grammar: {GRAMMAR}")
-        if isinstance(self.degree, bool) or not isinstance(self.degree, int) or not 1 <= self.degree <= MAX_DEGREE:
+        if type(self.degree) is not int or not 1 <= self.degree <= MAX_DEGREE:
             raise SpecError(f"degree {self.degree!r} is not in 1..{MAX_DEGREE}. Grammar: {GRAMMAR}")
-        if isinstance(self.power, bool) or self.power not in POWERS:
+        if type(self.power) is not int or self.power not in POWERS:
             raise SpecError(f"power {self.power!r} is not one of {POWERS}. Grammar: {GRAMMAR}")
         if self.normalizer not in NORMALIZERS:
             raise SpecError(f"normalizer {self.normalizer!r} is not one of {NORMALIZERS}. Grammar: {GRAMMAR}")
@@ -183,7 +183,7 @@ def _layer_indices(layers: Iterable[int] | None) -> tuple[int, ...] | None:
     if isinstance(layers, (str, int)) or not isinstance(layers, Iterable):
         raise SpecError(f"layers must be a sequence of layer indices or None, got {layers!r}")
     indices = tuple(layers)
-    if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in indices):
+    if any(type(index) is not int or index < 0 for index in indices):
         raise SpecError(f"layers must be indices >= 0, got {indices!r}")
     return tuple(sorted(set(indices)))
 
@@ -191,7 +191,7 @@ def _layer_indices(layers: Iterable[int] | None) -> tuple[int, ...] | None:
 def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
         return (patterns,)
-    patterns = tuple(patterns)
+    patterns = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise SpecError(f"{name} must be glob patterns on module paths, got {patterns!r}")
     return patterns

@@ -134,8 +134,8 @@ def polynomial_attention(
         value=value,
         coefficients=coefficients.expand(heads, -1),
         mask=mask,
-        center=_center(center, batch, heads, q_len, query.device),
-        radius=_radius(radius, heads, query.device),
+        center=_center(center, query),
+        radius=_radius(radius, query),
         seed=new_seed(query.device) if dropout > 0.0 else None,
         causal=causal,
         window=window,
@@ -159,15 +159,16 @@ def polynomial_attention(
     if name == "reference":
         from . import reference
 
-        out, weights = reference.attention(call)
-        return (out, weights) if return_weights else out
+        output, weights = reference.attention(call)
+        return (output, weights) if return_weights else output
 
     from . import library
 
-    return library.attention(
+    fused: Tensor = library.attention(
         call.query, call.key, call.value, call.coefficients, call.mask, call.center, call.radius, call.seed,
         call.causal, call.window, call.scaling, call.power, call.normalizer, call.clamp, call.dropout, name,
     )  # fmt: skip
+    return fused
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -184,9 +185,10 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor, coefficients: Ten
     if not query.dim() == key.dim() == value.dim() == 4:
         raise InputError(f"query, key and value need 4 dimensions (batch, heads, length, head dim); got {shapes}")
     batch, heads, _, head_dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[:3] != value.shape[:3]:
+    if key.shape[0] != batch or key.shape[3] != head_dim or key.shape[:3] != value.shape[:3] or head_dim == 0:
         raise InputError(
-            f"shapes do not fit: {shapes}. Allowed: query (B, H, Tq, D), key (B, G, Tk, D), value (B, G, Tk, Dv)"
+            f"shapes do not fit: {shapes}. Allowed: query (B, H, Tq, D), D >= 1, key (B, G, Tk, D), "
+            "value (B, G, Tk, Dv)"
         )
     if key.shape[1] == 0 or heads % key.shape[1] != 0:
         raise InputError(f"query heads must be a multiple of key/value heads; got {heads} and {key.shape[1]}")
@@ -224,12 +226,13 @@ def _check_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_len: 
         )
 
 
-def _center(center: float | Tensor, batch: int, heads: int, q_len: int, device: torch.device) -> Tensor | None:
+def _center(center: float | Tensor, query: Tensor) -> Tensor | None:
     """Returns the center expanded to (B, H, Tq), None for 0; autograd undoes the expansion."""
+    batch, heads, q_len, _ = query.shape
     if not isinstance(center, Tensor):
         if center == 0.0:
             return None
-        center = torch.full((heads,), float(center), device=device)
+        center = _per_head(center, query)
     if center.shape == (heads,):
         center = center[None, :, None]
     elif center.shape != (batch, heads, q_len):
@@ -237,19 +240,25 @@ def _center(center: float | Tensor, batch: int, heads: int, q_len: int, device: 
             f"center must be a float, (H,) or (B, H, Tq) with B = {batch}, H = {heads}, Tq = {q_len}; "
             f"got {tuple(center.shape)}"
         )
-    if center.device != device:
-        raise InputError(f"center is on {center.device}, query on {device}")
+    if center.device != query.device:
+        raise InputError(f"center is on {center.device}, query on {query.device}")
     return center.expand(batch, heads, q_len)
 
 
-def _radius(radius: float | Tensor, heads: int, device: torch.device) -> Tensor | None:
+def _radius(radius: float | Tensor, query: Tensor) -> Tensor | None:
     """Returns the radius as (H,), None for 1."""
+    heads = query.shape[1]
     if not isinstance(radius, Tensor):
         if not radius > 0.0:
             raise InputError(f"radius must be positive, got {radius}")
-        return None if radius == 1.0 else torch.full((heads,), float(radius), device=device)
+        return None if radius == 1.0 else _per_head(radius, query)
     if radius.shape != (heads,):
         raise InputError(f"radius must be a float or (H,) with H = {heads}; got {tuple(radius.shape)}")
-    if radius.device != device:
-        raise InputError(f"radius is on {radius.device}, query on {device}")
+    if radius.device != query.device:
+        raise InputError(f"radius is on {radius.device}, query on {query.device}")
     return radius
+
+
+def _per_head(number: float, query: Tensor) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.full((query.shape[1],), number, dtype=dtype, device=query.device)

@@ -40,6 +40,7 @@ class Backend:
     why_not: Callable[[Problem], str | None]
 
     def load(self) -> ModuleType:
+        """Returns the imported module of the backend."""
         return importlib.import_module(f"{__package__}.{self.module}")
 
 

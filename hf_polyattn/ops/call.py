@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Added to the row sum of normalizer l1.
+EPSILON = 1e-37
+# r_i = n_i ^ exponent, for every normalizer but l1.
+ROW_EXPONENTS = {"rsqrt": -0.5, "mean": -1.0, "none": 0.0}
+
 
 @dataclass(frozen=True, slots=True)
 class Call:

@@ -1,27 +1,30 @@
-"""Backend `chunked`: plain PyTorch in blocks of query rows, forward and backward, any device and float dtype.
+"""Backend `chunked`: plain PyTorch in blocks of the weights, forward and backward, any device and float dtype.
 
-A block holds a few batch entries and query rows against all the keys that they may see; nothing of the
-size Tq × Tk outlives it, and backward computes it again. Computes in float32 (float64 for float64 inputs).
+A block holds query rows of some heads and batch entries against all the keys that the rows may see; nothing
+of the size Tq × Tk outlives it, and backward computes it again. Computes in float32 (float64 for float64
+inputs). Factors of a whole row (scaling, radius, r_i) are applied to the D or Dv columns of the operands
+instead of the Tk columns of the weights, and masks multiply: on a CPU, filling costs more than a matmul.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .call import Call
-from .dropout import dropout_scale, row_numbers
-from .masks import band, key_range
+from .call import EPSILON, ROW_EXPONENTS, Call
+from .dropout import dropout_scale
+from .masks import band, key_slice
 
-EPSILON = 1e-37
-
-# Scores in one block. On a CPU its few float32 temporaries should stay in the last-level cache; another
+# Weights in one block. On a CPU its few float32 temporaries should stay in the last-level cache; another
 # device wants enough of them to be filled.
-_BLOCK_SCORES_CPU = 2**19
-_BLOCK_SCORES = 2**25
+_BLOCK_WEIGHTS_CPU = 2**18
+_BLOCK_WEIGHTS = 2**25
+# Query rows in one block of a causal or windowed call: the fewer they are, the fewer of the keys that none of
+# them sees are computed.
+_BAND_ROWS = 128
 
 
 def forward(call: Call) -> Tensor:
@@ -29,186 +32,235 @@ def forward(call: Call) -> Tensor:
     batch, heads, q_len, _ = call.query.shape
     out = call.query.new_zeros((batch, q_len, heads, call.value.shape[3]))
     with torch.autocast(device_type=call.query.device.type, enabled=False):
-        for block in _blocks(call):
-            t = block.scores()
-            if call.clamp:
-                t.clamp_(-1.0, 1.0)
-            w = _horner(t, call.coefficients)
+        for block in _blocks(_fold(call)):
+            w = block.hide(_horner(block.scores(), block.coefficients()))
             for _ in range(call.power.bit_length() - 1):
                 w.mul_(w)
-            weights = block.hide(w).mul_(block.row_scale(w))
+            row_scale = block.row_scale(w)
             if call.seed is not None:
-                weights.mul_(block.dropout_scale())
-            rows = block.ungroup(block.group(weights) @ block.value())
-            out[block.entries, block.rows] = rows.transpose(1, 2)
+                w.mul_(block.dropout_scale())
+            rows = block.ungroup(block.group(w) @ block.value()) * row_scale
+            out[block.entries, block.rows, block.heads] = rows.transpose(1, 2)
     return out
 
 
 def backward(grad_output: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none).
 
-    With g_ij = dO_i·v_j and D_ij = r_i m_ij (g_ij − [l1] (Σ_j g_ij r_i w_ij) sign w_ij), the gradient of w:
-    dp = D · s p^(s−1), dV = (r w)ᵀ dO, dc_k = Σ dp t^k, dt = dp · p'(t) (0 where clamped),
+    With g_ij = r_i dO_i·v_j and, for l1, δ_i = r_i Σ_j g_ij w_ij (else 0), the gradient of p is
+    dp = m (g − δ sign w) s p^(s−1); then dV = wᵀ (r dO), dc_k = Σ dp t^k, dt = dp · p'(t) (0 where clamped),
     dcenter = −Σ_j dt / radius, dS = dt · scaling / radius, dQ = dS K, dK = dSᵀ Q.
     """
-    dtype, device = call.compute_dtype, call.query.device
-    grad_query = torch.zeros(call.query.shape, dtype=call.query.dtype, device=device)
-    grad_key = torch.zeros(call.key.shape, dtype=dtype, device=device)
-    grad_value = torch.zeros(call.value.shape, dtype=dtype, device=device)
-    grad_coefficients = torch.zeros(call.coefficients.shape, dtype=dtype, device=device)
-    grad_center = torch.zeros((0,) if call.center is None else call.center.shape, dtype=dtype, device=device)
-
-    with torch.autocast(device_type=device.type, enabled=False):
-        for block in _blocks(call):
+    with torch.autocast(device_type=call.query.device.type, enabled=False):
+        folded = _fold(call)
+        grad_query, grad_key, grad_value, grad_coefficients = (
+            torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+            for t in (folded.query, folded.key, folded.value, folded.coefficients)
+        )
+        grad_center = grad_query.new_zeros(grad_query.shape[:3])
+        for block in _blocks(folded):
+            coefficients = block.coefficients()
             t = block.scores()
-            inside = None
-            if call.clamp:
-                inside = t.abs() <= 1.0
-                t.clamp_(-1.0, 1.0)
-            p = _horner(t, call.coefficients)
-            w, slope = p, None  # slope = dw/dp = s p^(s−1), a product of the squares
-            for _ in range(call.power.bit_length() - 1):
-                slope = 2.0 * w if slope is None else slope * w * 2.0
-                w = w * w
-            w = block.hide(w)
-            row_scale = block.row_scale(w)
-            weights = dropped = w * row_scale
+            w = block.hide(_horner(t, coefficients))
+            slope = block.visible  # m s p^(s−1), a product of the squares
+            if call.power > 1:
+                slope = w * call.power
+                w.mul_(w)
+                for _ in range(call.power.bit_length() - 2):
+                    slope.mul_(w)
+                    w.mul_(w)
 
-            grad_rows = block.group(grad_output[block.entries, block.rows].transpose(1, 2).to(dtype))
-            grad_weights = block.ungroup(grad_rows @ block.value().transpose(-1, -2))
+            row_scale = block.row_scale(w)
+            grad_rows = grad_output[block.entries, block.rows, block.heads].transpose(1, 2).to(w.dtype)
+            grad_rows = block.group(grad_rows * row_scale)
+            grad_p = block.ungroup(grad_rows @ block.value().transpose(-1, -2))
+            dropped = w
             if call.seed is not None:
                 keep = block.dropout_scale()
-                dropped = weights * keep
-                grad_weights.mul_(keep)
-            grad_value[block.entries, :, block.columns] += block.group(dropped).transpose(-1, -2) @ grad_rows
+                dropped = w * keep
+                grad_p.mul_(keep)
+            grad_value[block.entries, block.groups, block.columns] += block.group(dropped).transpose(-1, -2) @ grad_rows
 
             if call.normalizer == "l1":
-                grad_weights = grad_weights - (grad_weights * weights).sum(-1, keepdim=True) * w.sign()
-            grad_p = block.hide(grad_weights * row_scale)
+                delta = (grad_p * w).sum(-1, keepdim=True) * row_scale
+                grad_p.addcmul_(w.sign_(), delta, value=-1.0)
             if slope is not None:
                 grad_p.mul_(slope)
-            grad_coefficients += _moments(grad_p, t, grad_coefficients.shape[1])
+            grad_t = _horner(t, _derivative(coefficients)).mul_(grad_p)
+            grad_coefficients[block.heads] += _moments(grad_p, t, coefficients.shape[1])
+            if call.clamp:
+                grad_t = torch.ops.aten.hardtanh_backward(grad_t, t, -1.0, 1.0)
 
-            grad_t = grad_p * _horner(t, _derivative(call.coefficients))
-            if inside is not None:
-                grad_t.mul_(inside)
-            if call.radius is not None:
-                grad_t.div_(call.radius.to(dtype)[:, None, None])
             if call.center is not None:
-                grad_center[block.entries, :, block.rows] = -grad_t.sum(-1)
-            grad_scores = block.group(grad_t.mul_(call.scaling))
-            grad_query[block.entries, :, block.rows] = block.ungroup(grad_scores @ block.key()).to(grad_query.dtype)
-            grad_key[block.entries, :, block.columns] += grad_scores.transpose(-1, -2) @ block.query()
+                grad_center[block.entries, block.heads, block.rows] = grad_t.sum(-1)
+            grad_t = block.group(grad_t)
+            grad_query[block.entries, block.heads, block.rows] = block.ungroup(grad_t @ block.key())
+            grad_key[block.entries, block.groups, block.columns] += grad_t.transpose(-1, -2) @ block.query()
 
+        radius = _radius(call)
+        grad_query *= call.scaling / radius
+        if call.center is None:
+            grad_center = call.coefficients.new_empty((0,))
+        else:
+            grad_center = (grad_center[..., None] / -radius)[..., 0].to(call.center.dtype)
     return (
-        grad_query,
+        grad_query.to(call.query.dtype),
         grad_key.to(call.key.dtype),
         grad_value.to(call.value.dtype),
         grad_coefficients.to(call.coefficients.dtype),
-        grad_center if call.center is None else grad_center.to(call.center.dtype),
+        grad_center,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Batch entries × query rows × key columns of a call. Its tensors are (b, H, i, j), in the compute dtype."""
+    """Batch entries × query heads × query rows × key columns of a folded call: b × h × i × j weights.
+
+    Attributes:
+        heads, groups: h query heads and the g key/value heads that they share.
+        visible: 1 where a row sees a key, else 0; broadcastable to (b, h, i, j), None where all is visible.
+        fixed_row_scale: r_i of the normalizers that depend on the mask only; 1 for l1.
+    """
 
     call: Call
     entries: slice
+    heads: slice
+    groups: slice
     rows: slice
     columns: slice
     visible: Tensor | None
+    fixed_row_scale: Tensor | float
 
     def query(self) -> Tensor:
-        """(b, G, R·i, D): the query heads that share a key head become more rows."""
-        return self.group(self.call.query[self.entries, :, self.rows].to(self.call.compute_dtype))
+        """Returns (b, g, R·i, D)."""
+        return self.group(self.call.query[self.entries, self.heads, self.rows])
 
     def key(self) -> Tensor:
-        return self.call.key[self.entries, :, self.columns].to(self.call.compute_dtype)
+        """Returns (b, g, j, D)."""
+        return self.call.key[self.entries, self.groups, self.columns]
 
     def value(self) -> Tensor:
-        return self.call.value[self.entries, :, self.columns].to(self.call.compute_dtype)
+        """Returns (b, g, j, Dv)."""
+        return self.call.value[self.entries, self.groups, self.columns]
+
+    def coefficients(self) -> Tensor:
+        """Returns (h, P + 1)."""
+        return self.call.coefficients[self.heads]
 
     def group(self, rows: Tensor) -> Tensor:
-        """(b, H, i, ·) → (b, G, R·i, ·)."""
-        group_rows = rows.shape[1] // self.call.key.shape[1] * rows.shape[2]
-        return rows.reshape(rows.shape[0], self.call.key.shape[1], group_rows, rows.shape[3])
+        """(b, h, i, ·) → (b, g, R·i, ·): the query heads that share a key head become more rows."""
+        groups = self.groups.stop - self.groups.start
+        return rows.reshape(rows.shape[0], groups, rows.shape[1] // groups * rows.shape[2], rows.shape[3])
 
     def ungroup(self, rows: Tensor) -> Tensor:
-        """(b, G, R·i, ·) → (b, H, i, ·)."""
-        heads = self.call.query.shape[1]
+        """(b, g, R·i, ·) → (b, h, i, ·)."""
+        heads = self.heads.stop - self.heads.start
         return rows.reshape(rows.shape[0], heads, self.rows.stop - self.rows.start, rows.shape[3])
 
     def scores(self) -> Tensor:
-        """Returns t before the clamp."""
-        call = self.call
-        t = self.ungroup(self.query() @ self.key().transpose(-1, -2)).mul_(call.scaling)
-        if call.center is not None:
-            t.sub_(call.center[self.entries, :, self.rows].unsqueeze(-1))
-        if call.radius is not None:
-            t.div_(call.radius.to(t.dtype)[:, None, None])
-        return t
+        """Returns t, and 0 where it is hidden: what no row sees must not overflow in the polynomial."""
+        t = self.ungroup(self.query() @ self.key().transpose(-1, -2))
+        if self.call.center is not None:
+            t.sub_(self.call.center[self.entries, self.heads, self.rows].unsqueeze(-1))
+        if self.call.clamp:
+            t.clamp_(-1.0, 1.0)
+        return self.hide(t)
 
-    def hide(self, w: Tensor) -> Tensor:
+    def hide(self, block: Tensor) -> Tensor:
         """Zeroes, in place, what a row may not see."""
-        return w if self.visible is None else w.masked_fill_(~self.visible, 0.0)
+        return block if self.visible is None else block.mul_(self.visible)
 
-    def row_scale(self, w: Tensor) -> Tensor:
-        """Returns r_i, broadcastable to (b, H, i, 1)."""
-        if self.call.normalizer == "none":
-            return w.new_ones(())
-        if self.call.normalizer == "l1":
-            return 1.0 / (EPSILON + w.abs().sum(-1, keepdim=True))
-        if self.visible is None:
-            n = w.new_full((), max(1, w.shape[3]))
-        else:
-            n = self.visible.sum(-1, keepdim=True).clamp(min=1).to(w.dtype)
-        return n.rsqrt() if self.call.normalizer == "rsqrt" else 1.0 / n
+    def row_scale(self, w: Tensor) -> Tensor | float:
+        """Returns r_i, broadcastable to (b, h, i, 1); for l1, 0 where all of a row's weights are 0."""
+        if self.call.normalizer != "l1":
+            return self.fixed_row_scale
+        total = (w if self.call.power > 1 else w.abs()).sum(-1, keepdim=True)
+        return torch.where(total > 0.0, 1.0 / (EPSILON + total), 0.0)
 
     def dropout_scale(self) -> Tensor:
-        call = self.call
+        """Returns (b, h, i, j): 0 where a weight is dropped, else 1 / (1 − probability)."""
+        call, device = self.call, self.call.query.device
         assert call.seed is not None
-        heads, q_len, device = call.query.shape[1], call.query.shape[2], call.query.device
-        entries = range(self.entries.start, self.entries.stop)
-        numbers = row_numbers(entries, heads, range(self.rows.start, self.rows.stop), q_len, device)
+        numbers = torch.arange(call.query[..., 0].numel(), device=device).view(call.query.shape[:3])
         columns = torch.arange(self.columns.start, self.columns.stop, device=device)
-        return dropout_scale(call.seed, numbers, columns, call.dropout)
+        return dropout_scale(call.seed, numbers[self.entries, self.heads, self.rows], columns, call.dropout)
+
+
+def _radius(call: Call) -> Tensor | float:
+    """Returns the radius in the compute dtype, (H, 1, 1)."""
+    return 1.0 if call.radius is None else call.radius.to(call.compute_dtype)[:, None, None]
+
+
+def _fold(call: Call) -> Call:
+    """Returns the call in the compute dtype with scaling 1 and radius 1: query and center carry both."""
+    dtype, radius = call.compute_dtype, _radius(call)
+    return replace(
+        call,
+        query=call.query.to(dtype) * (call.scaling / radius),
+        key=call.key.to(dtype),
+        value=call.value.to(dtype),
+        coefficients=call.coefficients.to(dtype),
+        center=None if call.center is None else (call.center.to(dtype)[..., None] / radius)[..., 0],
+        radius=None,
+        scaling=1.0,
+    )
 
 
 def _blocks(call: Call) -> Iterator[_Block]:
-    """Yields blocks that cover every query row that sees a key, each of about `_BLOCK_SCORES` scores at most."""
+    """Yields blocks that cover every query row that sees a key, each of a budget of weights or of one row."""
     batch, heads, q_len, _ = call.query.shape
-    k_len = call.key.shape[2]
+    groups, k_len = call.key.shape[1:3]
     if 0 in (batch, heads, q_len, k_len):
         return
-    budget = _BLOCK_SCORES_CPU if call.query.device.type == "cpu" else _BLOCK_SCORES
-    row_step = max(1, min(q_len, budget // (heads * k_len)))
-    entry_step = max(1, min(batch, budget // (heads * k_len * row_step)))
-    for row in range(0, q_len, row_step):
-        queries = range(row, min(row + row_step, q_len))
-        keys = key_range(queries, k_len, call.causal, call.window)
-        if len(keys) == 0:
+    repeats = heads // groups
+    mask_per_head = call.mask is not None and call.mask.shape[1] > 1
+    budget = (_BLOCK_WEIGHTS_CPU if call.query.device.type == "cpu" else _BLOCK_WEIGHTS) // (repeats * k_len)
+    row_limit = q_len if call.window is None and not call.causal else _BAND_ROWS
+    row_step = max(1, min(budget, row_limit, q_len))
+    group_step = max(1, min(budget // row_step, groups))
+    entry_step = max(1, min(budget // (row_step * group_step), batch))
+
+    for rows in _steps(q_len, row_step):
+        columns = key_slice(rows, k_len, call.causal, call.window)
+        if columns.start == columns.stop:
             continue
-        pattern = band(queries, keys, call.causal, call.window, call.query.device)
-        rows, columns = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
-        for entry in range(0, batch, entry_step):
-            entries = slice(entry, min(entry + entry_step, batch))
-            visible = pattern
-            if call.mask is not None:
-                mask = call.mask[entries if call.mask.shape[0] > 1 else slice(None), :, :, columns]
-                mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
-                visible = mask if pattern is None else mask & pattern
-            yield _Block(call, entries, rows, columns, visible)
+        for entries in _steps(batch, entry_step):
+            for part in _steps(groups, group_step):
+                query_heads = slice(part.start * repeats, part.stop * repeats)
+                if part.start == 0 or mask_per_head:
+                    visible = _visible(call, entries, query_heads, rows, columns)
+                    row_scale = _fixed_row_scale(call, visible)
+                yield _Block(call, entries, query_heads, part, rows, columns, visible, row_scale)
+
+
+def _steps(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _visible(call: Call, entries: slice, heads: slice, rows: slice, columns: slice) -> Tensor | None:
+    visible = band(rows, columns, call.causal, call.window, call.query.device)
+    if call.mask is not None:
+        parts = (entries, heads, rows, columns)
+        mask = call.mask[tuple(p if size > 1 else slice(None) for p, size in zip(parts, call.mask.shape, strict=True))]
+        visible = mask if visible is None else mask & visible
+    return None if visible is None else visible.to(call.compute_dtype)
+
+
+def _fixed_row_scale(call: Call, visible: Tensor | None) -> Tensor | float:
+    if call.normalizer == "l1":
+        return 1.0
+    n = call.key.shape[2] if visible is None else visible.sum(-1, keepdim=True).clamp_(min=1.0)
+    return n ** ROW_EXPONENTS[call.normalizer]
 
 
 def _horner(t: Tensor, coefficients: Tensor) -> Tensor:
-    """Returns Σ_k c_k t^k in a new tensor; coefficients (H, K), t (b, H, i, j)."""
-    c = coefficients.to(t.dtype)[:, :, None, None]
+    """Returns Σ_k c_k t^k in a new tensor; t (b, h, i, j), coefficients (h, K)."""
+    c = coefficients[:, :, None, None]
     if c.shape[1] == 1:
         return c[:, 0].expand(t.shape).clone()
-    p = torch.addcmul(c[:, -2], t, c[:, -1])
-    for k in range(c.shape[1] - 3, -1, -1):
-        p.mul_(t).add_(c[:, k])
+    p = (t * c[:, -1]).add_(c[:, -2])
+    for k in reversed(range(c.shape[1] - 2)):
+        torch.addcmul(c[:, k], p, t, out=p)
     return p
 
 
@@ -218,9 +270,7 @@ def _derivative(coefficients: Tensor) -> Tensor:
 
 
 def _moments(weights: Tensor, t: Tensor, count: int) -> Tensor:
-    """Returns Σ weights · t^k over all but the heads, for k < count: (H, count)."""
+    """Returns Σ weights · t^k over all but the heads, for k < count: (h, count). Overwrites the weights."""
     moments = [weights.sum((0, 2, 3))]
-    for _ in range(count - 1):
-        weights = weights * t
-        moments.append(weights.sum((0, 2, 3)))
+    moments += [weights.mul_(t).sum((0, 2, 3)) for _ in range(count - 1)]
     return torch.stack(moments, dim=-1)

@@ -1,7 +1,7 @@
 """Attention dropout by a counter: the same element is dropped in forward and backward, in every backend.
 
 One 32-bit word per element is hashed from (seed, row, column) with the finalizer of MurmurHash3
-(public domain, Austin Appleby), in int64 arithmetic of which the low 32 bits are kept.
+(public domain, Austin Appleby), in int32 arithmetic that wraps around.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
+# 0x85EBCA6B, 0xC2B2AE35 and 0x9E3779B9 as signed words.
+_FIRST, _SECOND, _GOLDEN = (word - 2**32 for word in (0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9))
 
 
 def _mix(word: Tensor) -> Tensor:
-    word = word ^ (word >> 16)
-    word = (word * 0x85EBCA6B) & _WORD
-    word = word ^ (word >> 13)
-    word = (word * 0xC2B2AE35) & _WORD
-    return word ^ (word >> 16)
+    """Hashes int32 words in place; the masks make the shifts logical."""
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    word *= _FIRST
+    word ^= (word >> 13).bitwise_and_(0x7FFFF)
+    word *= _SECOND
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    return word
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -26,7 +29,7 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 def dropout_scale(seed: Tensor, rows: Tensor, columns: Tensor, probability: float) -> Tensor:
-    """Returns 0 where an element is dropped and 1/(1 - probability) where it is kept, float32.
+    """Returns 0 where an element is dropped and 1 / (1 − probability) where it is kept, float32 (..., Tk).
 
     Args:
         seed: int64 (1,).
@@ -34,15 +37,7 @@ def dropout_scale(seed: Tensor, rows: Tensor, columns: Tensor, probability: floa
         columns: int64 (Tk), the key numbers.
         probability: of dropping an element, in [0, 1).
     """
-    row_words = _mix((rows ^ (rows >> 32)) & _WORD ^ _mix(seed & _WORD))
-    words = _mix((row_words.unsqueeze(-1) + columns * 0x9E3779B9) & _WORD)
-    keep = words >= int(probability * 2**32)
-    return keep.to(torch.float32) / (1.0 - probability)
-
-
-def row_numbers(batch: range, heads: int, queries: range, q_len: int, device: torch.device) -> Tensor:
-    """Returns the flat row numbers of a block, int64 (len(batch), heads, len(queries))."""
-    b = torch.arange(batch.start, batch.stop, device=device)[:, None, None]
-    h = torch.arange(heads, device=device)[None, :, None]
-    i = torch.arange(queries.start, queries.stop, device=device)[None, None, :]
-    return (b * heads + h) * q_len + i
+    row_words = _mix((rows ^ (rows >> 32)).to(torch.int32) ^ _mix(seed.to(torch.int32)))
+    words = _mix(row_words.unsqueeze(-1) + columns.to(torch.int32) * _GOLDEN)
+    kept = words.ge_(int(probability * 2**32) - 2**31)  # in place: a comparison into bool is many times slower
+    return kept.to(torch.float32).mul_(1.0 / (1.0 - probability))

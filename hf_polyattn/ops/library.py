@@ -57,8 +57,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, grad_center = attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    has_center = ctx.saved_tensors[5] is not None
+    tensors = ctx.saved_tensors  # activation checkpointing recomputes them and hands them out once
+    *grads, grad_center = attention_backward(grad_output, *tensors, *ctx.settings)
+    has_center = tensors[5] is not None
     return (*grads, None, grad_center if has_center else None, *(None,) * (2 + len(ctx.settings)))
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def band(queries: range, keys: range, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Returns the bool (len(queries), len(keys)) pattern of `causal` and `window`; None where all is visible.
+def band(
+    queries: range | slice, keys: range | slice, causal: bool, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Returns the bool (queries, keys) pattern of `causal` and `window`; None where all is visible.
 
     Query i sees key j when j <= i (causal, aligned top-left) and |i - j| < window.
     """
@@ -21,12 +23,12 @@ def band(queries: range, keys: range, causal: bool, window: int | None, device: 
     return visible
 
 
-def key_range(queries: range, k_len: int, causal: bool, window: int | None) -> range:
-    """Returns the smallest range of keys outside which no row of `queries` sees anything."""
+def key_slice(queries: slice, k_len: int, causal: bool, window: int | None) -> slice:
+    """Returns the smallest slice of keys outside which no row of `queries` sees anything."""
     start, stop = 0, k_len
     if causal:
         stop = min(stop, queries.stop)
     if window is not None:
         start = max(start, queries.start - window + 1)
         stop = min(stop, queries.stop - 1 + window)
-    return range(min(start, k_len), max(min(start, k_len), stop))
+    return slice(min(start, k_len), max(min(start, k_len), stop))

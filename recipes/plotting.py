@@ -1,0 +1,43 @@
+"""The picture of a recipe's results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
+    """Draws, for each spec, how far its quality is from softmax's at each stage and what it costs, as a PNG.
+
+    Args:
+        specs: of results.json.
+        quality: the measure to draw; softmax has the value that it should reach.
+        path: of the PNG file.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
+    for spec, result in specs.items():
+        stages = {name: values for name, values in result["stages"].items() if name != "softmax"}
+        goal = result["stages"]["softmax"][quality]
+        left.plot(
+            list(stages), [max(abs(goal - values[quality]), 1e-7) for values in stages.values()], "o-", label=spec
+        )
+    left.set_yscale("log")
+    left.set_ylabel(f"distance to softmax: |softmax − model| in {quality}")
+    left.set_title("Quality (lower is closer to softmax)")
+    left.legend()
+    left.grid(alpha=0.3)
+
+    finals = {spec: result["stages"]["finetuned"] for spec, result in specs.items()}
+    ratios = [values["latency_ms"] / values["softmax_latency_ms"] for values in finals.values()]
+    right.bar_label(right.bar(list(finals), ratios, color=[f"C{i}" for i in range(len(finals))]), fmt="%.2f", padding=3)
+    right.axhline(1.0, color="black", linewidth=1)
+    right.set_ylabel("latency / latency of softmax")
+    right.set_title("Cost (1 is softmax, lower is faster)")
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)

@@ -1,0 +1,331 @@
+"""The way of every recipe: a softmax checkpoint is patched, calibrated, finetuned, saved and reloaded, and measured
+after each stage, for one or more polynomials.
+
+A recipe brings a `Task`: what its model, its data and its quality are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from plotting import plot_stages
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+import hf_polyattn
+from hf_polyattn.patch import format_table
+
+STAGES = {
+    "softmax": "the checkpoint as it was published",
+    "patched": "softmax swapped for the polynomial, nothing else",
+    "calibrated": "each head's polynomial computed in closed form, no training",
+    "finetuned": "trained to match the softmax model, for as many steps as the column says (0: not needed)",
+    "reloaded": "saved, and loaded with plain from_pretrained in a new process",
+}
+
+
+@dataclasses.dataclass
+class StageArguments:
+    """What every recipe can be told."""
+
+    specs: list[str] = dataclasses.field(
+        default_factory=lambda: ["poly3", "poly6-l1", "poly3^16-l1"],
+        metadata={"help": "polynomials to convert the model to, each from the softmax checkpoint"},
+    )
+    calibrate_only: list[str] = dataclasses.field(
+        default_factory=lambda: ["poly3^16-l1"], metadata={"help": "those of them that are not finetuned"}
+    )
+    calibration_batches: int = dataclasses.field(default=16, metadata={"help": "batches to calibrate on"})
+    batch_size: int = dataclasses.field(default=32, metadata={"help": "examples in a batch, for each process"})
+    steps: int = dataclasses.field(default=150, metadata={"help": "finetuning steps"})
+    learning_rate: float = dataclasses.field(default=5e-4, metadata={"help": "peak, of the model's weights"})
+    coefficient_learning_rate: float = dataclasses.field(default=2e-3, metadata={"help": "peak, of the polynomials"})
+    latency_repeats: int = dataclasses.field(default=11, metadata={"help": "timed runs of each model at each stage"})
+    seed: int = dataclasses.field(default=0, metadata={"help": "of the data's split and order"})
+    output_dir: str = dataclasses.field(
+        default="outputs/demo", metadata={"help": "for results.json, stages.png and one checkpoint for each spec"}
+    )
+    checkpoint: str | None = dataclasses.field(
+        default=None, metadata={"help": "only measure this saved polynomial checkpoint, and print it as JSON"}
+    )
+    predictions: str | None = dataclasses.field(
+        default=None, metadata={"help": "with --checkpoint: save its predictions here (safetensors)"}
+    )
+
+
+class Task(Protocol):
+    """What a recipe does: its model, its data and how its quality is measured.
+
+    Attributes:
+        source: path or Hub name of the softmax checkpoint.
+        data: what the data is, as JSON types, for the results.
+        columns: name and one-sentence meaning of each measure of quality; the first is the one that is plotted.
+        train_loader: batches to calibrate and finetune on.
+        sample: a small batch of held-out data, to measure the latency with.
+    """
+
+    source: str
+    data: dict[str, Any]
+    columns: dict[str, str]
+    train_loader: DataLoader[Any]
+    sample: Mapping[str, Tensor]
+
+    def load_model(self, source: str) -> PreTrainedModel: ...
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None: ...
+
+    def predict(self, model: PreTrainedModel) -> Tensor:
+        """Returns what the model says about the held-out data."""
+        ...
+
+    def score(self, predictions: Tensor, softmax_predictions: Tensor) -> dict[str, float]:
+        """Returns the measures of quality that `columns` names."""
+        ...
+
+
+def main(argument_types: tuple[type, ...], make_task: Callable[..., Task]) -> None:
+    """Runs a recipe: reads its arguments, makes its task and brings each polynomial through the stages.
+
+    Args:
+        argument_types: dataclasses of arguments, `StageArguments` first.
+        make_task: called with one instance of each.
+    """
+    try:
+        arguments = read_arguments(argument_types)
+        stage_arguments = arguments[0]
+        set_seed(stage_arguments.seed)
+        accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        if not accelerator.is_main_process or stage_arguments.checkpoint:
+            transformers_logging.disable_progress_bar()
+        stages = Stages(make_task(*arguments), stage_arguments, accelerator)
+        if stage_arguments.checkpoint is not None:
+            stages.measure_checkpoint()
+            return
+        started = time.perf_counter()
+        results = {"specs": {spec: stages.convert(spec) for spec in stage_arguments.specs}}
+    except hf_polyattn.PolyAttnError as error:
+        sys.exit(f"error: {error}")
+    if accelerator.is_main_process:
+        results |= {
+            "model": stages.task.source,
+            "data": stages.task.data,
+            "arguments": {k: v for part in arguments for k, v in dataclasses.asdict(part).items()},
+            "seed": stage_arguments.seed,
+            "device": describe_device(accelerator),
+            "versions": versions(),
+            "wall_seconds": round(time.perf_counter() - started, 1),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        output = Path(stage_arguments.output_dir)
+        write_beside(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+        quality = next(iter(stages.task.columns))
+        write_beside(output / "stages.png", lambda path: plot_stages(results["specs"], quality, path))
+        print(render(results, stages.task.columns))
+        print(f"\nWritten to {output}: results.json, stages.png and the checkpoints {', '.join(results['specs'])}.")
+    accelerator.end_training()
+
+
+class Stages:
+    """Brings a task's softmax checkpoint through the stages, for one polynomial after another."""
+
+    def __init__(self, task: Task, arguments: StageArguments, accelerator: Accelerator) -> None:
+        self.task, self.arguments, self.accelerator = task, arguments, accelerator
+        self.softmax = task.load_model(task.source).to(accelerator.device).eval()
+        self.softmax_predictions = task.predict(self.softmax)
+        self.softmax_measures = self.measure(self.softmax)
+
+    def convert(self, spec: str) -> dict[str, Any]:
+        """Returns the measures of every stage of one polynomial; its checkpoint is written in between."""
+        task, arguments, accelerator = self.task, self.arguments, self.accelerator
+        stages: dict[str, Any] = {"softmax": self.softmax_measures}
+        model = task.load_model(task.source).to(accelerator.device).eval()
+        hf_polyattn.patch_model(model, spec)
+        stages["patched"] = self.measure(model)
+
+        started = time.perf_counter()
+        calibration = hf_polyattn.calibrate(
+            model, task.train_loader, max_batches=arguments.calibration_batches, progress=accelerator.is_main_process
+        )
+        seconds = {"calibrate": time.perf_counter() - started}
+        stages["calibrated"] = self.measure(model)
+
+        distillation = None
+        steps = 0 if spec in arguments.calibrate_only else arguments.steps
+        if steps > 0:
+            started = time.perf_counter()
+            distillation = hf_polyattn.distill(
+                model,
+                accelerator.prepare(task.train_loader),
+                steps=steps,
+                lr=arguments.learning_rate,
+                coefficient_lr=arguments.coefficient_learning_rate,
+                teacher=self.softmax,
+                accelerator=accelerator,
+                progress=accelerator.is_main_process,
+            )
+            seconds["finetune"] = time.perf_counter() - started
+            model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            accelerator.free_memory()
+        stages["finetuned"] = {**(self.measure(model) if steps else stages["calibrated"]), "steps": steps}
+
+        result: dict[str, Any] = {"stages": stages}
+        if accelerator.is_main_process:
+            folder = Path(arguments.output_dir) / spec
+            write_beside(folder, lambda path: task.save(model, path))
+            stages["reloaded"] = self.reload(folder, task.predict(model))
+            result |= {
+                "checkpoint": str(folder),
+                "reload_is_equal": True,
+                "seconds": {name: round(value, 1) for name, value in seconds.items()},
+                "calibration": calibration.to_dict(),
+                "distillation": None if distillation is None else distillation.to_dict(),
+            }
+        accelerator.wait_for_everyone()
+        return result
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Returns a model's quality and its latency beside softmax's; nothing on processes other than the main."""
+        if not self.accelerator.is_main_process:
+            return {}
+        scores = self.task.score(self.task.predict(model), self.softmax_predictions)
+        sample = {name: tensor.to(self.accelerator.device) for name, tensor in self.task.sample.items()}
+        latency, softmax_latency = interleaved_latency([model, self.softmax], sample, self.arguments.latency_repeats)
+        return {**scores, "latency_ms": latency, "softmax_latency_ms": softmax_latency}
+
+    def reload(self, folder: Path, expected: Tensor) -> dict[str, float]:
+        """Returns the measures of a saved checkpoint, taken by this recipe in a new process.
+
+        Raises:
+            RuntimeError: its predictions are not, bit for bit, those of the model that was saved.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "predictions.safetensors"
+            command = [sys.executable, *sys.argv, "--checkpoint", str(folder), "--predictions", str(file)]
+            printed = subprocess.run(command, env=single_process(), stdout=subprocess.PIPE, check=True).stdout
+            found = load_file(file)["predictions"]
+        if not torch.equal(found, expected):
+            raise RuntimeError(
+                f"{folder} predicts something else in a new process than the model that was saved there: "
+                f"the largest difference is {(found - expected).abs().max():.3g}"
+            )
+        return json.loads(printed)
+
+    def measure_checkpoint(self) -> None:
+        """Prints the measures of the checkpoint that the arguments name; saves its predictions if asked to."""
+        model = self.task.load_model(self.arguments.checkpoint).to(self.accelerator.device).eval()
+        print(json.dumps(self.measure(model)))
+        if self.arguments.predictions is not None:
+            predictions = {"predictions": self.task.predict(model)}
+            write_beside(Path(self.arguments.predictions), lambda path: save_file(predictions, path))
+
+
+def read_arguments(types: tuple[type, ...]) -> list[Any]:
+    """Returns the arguments from the command line, and from the YAML or JSON file that may be its first word.
+
+    What the command line says goes before what the file says.
+    """
+    parser = HfArgumentParser(types)
+    words = sys.argv[1:]
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        values = yaml.safe_load(Path(words.pop(0)).read_text())
+        known = {field.name for type_ in types for field in dataclasses.fields(type_)}
+        if not isinstance(values, dict) or not known.issuperset(values):
+            parser.error(f"{sys.argv[1]} must map argument names to values; known names are {', '.join(sorted(known))}")
+        parser.set_defaults(**values)
+    return list(parser.parse_args_into_dataclasses(words))
+
+
+def interleaved_latency(models: list[PreTrainedModel], batch: Mapping[str, Tensor], repeats: int) -> tuple[float, ...]:
+    """Returns each model's median time for one forward pass in milliseconds; the models take turns."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for model, record in zip(models, times, strict=True):
+                started = time.perf_counter()
+                model(**batch)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize(model.device)
+                if turn > 0:  # the first is warm-up
+                    record.append(1e3 * (time.perf_counter() - started))
+    return tuple(round(statistics.median(record), 3) for record in times)
+
+
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file or folder under a temporary name beside its own, then renames it: it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(partial, path)
+
+
+def single_process() -> dict[str, str]:
+    """Returns the environment without what makes a process one of several."""
+    ours = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def versions() -> dict[str, str]:
+    packages = ("hf_polyattn", "torch", "transformers", "accelerate", "datasets", "safetensors")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def describe_device(accelerator: Accelerator) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine()
+    return {
+        "type": accelerator.device.type,
+        "name": name,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def peak_memory_mib() -> int:
+    """Returns the largest resident memory of this process or of one that it started."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, KiB elsewhere
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage) // unit
+
+
+def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Returns the table of all stages of all polynomials, with what its columns and stages mean."""
+    rows = []
+    for spec, result in results["specs"].items():
+        for stage, values in result["stages"].items():
+            scores = [f"{values[name]:.4f}" for name in columns]
+            ratio = values["latency_ms"] / values["softmax_latency_ms"]
+            steps = values.get("steps", "")
+            rows.append((spec, stage, steps, *scores, f"{values['latency_ms']:.1f}", f"{ratio:.2f}"))
+    header = ("spec", "stage", "steps", *columns, "latency_ms", "vs_softmax")
+    meanings = {
+        "spec": "the polynomial: poly3 is x³/√n, -l1 divides by the row's sum, ^16 is a 16th power",
+        **columns,
+        "latency_ms": "median time for a small held-out batch in milliseconds, measured in turns with softmax",
+        "vs_softmax": "that time divided by the softmax model's; below 1 is faster",
+    }
+    width = max(map(len, (*meanings, *STAGES)))
+    lines = [f"{name.ljust(width)}  {meaning}" for name, meaning in (*STAGES.items(), *meanings.items())]
+    return "\n".join(["", format_table(header, rows), "", *lines])

@@ -1,0 +1,68 @@
+"""Random operands for the operator, and the error that a backend may make on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_polyattn.ops import polynomial_attention
+
+
+def operands(
+    shape: tuple[int, int, int, int, int] = (2, 4, 2, 5, 7),
+    *,
+    head_dim: int = 4,
+    value_dim: int = 3,
+    degree: int = 3,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Returns query, key, value and coefficients for B, H, G, Tq, Tk; laid out (B, T, H, D) as Transformers does.
+
+    Coefficients are float32 for dtypes below it.
+    """
+    batch, heads, groups, q_len, k_len = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    tensors = [
+        draw(batch, q_len, heads, head_dim).to(dtype).transpose(1, 2),
+        draw(batch, k_len, groups, head_dim).to(dtype).transpose(1, 2),
+        draw(batch, k_len, groups, value_dim).to(dtype).transpose(1, 2),
+        draw(heads, degree + 1).to(torch.float64 if dtype == torch.float64 else torch.float32),
+    ]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def outputs_and_gradients(tensors: list[Tensor], **settings: Any) -> dict[str, Tensor]:
+    """Returns the output, and the gradients of the operands and of a center tensor, for a fixed random dO."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    names = ["query", "key", "value", "coefficients"]
+    if isinstance(settings.get("center"), Tensor):
+        settings["center"] = settings["center"].detach().requires_grad_()
+        leaves.append(settings["center"])
+        names.append("center")
+    output = polynomial_attention(*leaves[:4], **settings)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def excess(candidate: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
+    """Returns the candidate's error over its budget; at most 1 is within.
+
+    The budget is twice the error that the reference makes in the same dtype, plus one unit in the last place of
+    the values. Sizes are those of the largest element, and root mean squares where there are too few elements
+    (coefficients) for the largest error to be more than luck.
+    """
+
+    def size(tensor: Tensor) -> float:
+        return float(tensor.abs().max() if tensor.numel() > 1000 else tensor.square().mean().sqrt())
+
+    error, allowed = size(candidate.double() - oracle), 2 * size(same_dtype.double() - oracle)
+    allowed += torch.finfo(candidate.dtype).eps * size(oracle)
+    return 0.0 if error == 0.0 else error / allowed

