@@ -12,7 +12,7 @@ from ._activation import activate
 
 if TYPE_CHECKING:
     from .calibration import CalibrationReport, calibrate
-    from .distill import distill, param_groups
+    from .distillation import distill, param_groups
     from .errors import (
         BackendError,
         CalibrationError,
@@ -41,9 +41,9 @@ _HOME = {
     "UnsupportedArgumentError": "errors",
     "calibrate": "calibration",
     "describe": "patch",
-    "distill": "distill",
+    "distill": "distillation",
     "is_patched": "patch",
-    "param_groups": "distill",
+    "param_groups": "distillation",
     "patch_model": "patch",
     "polynomial_attention": "ops",
     "softmax_attention": "patch",

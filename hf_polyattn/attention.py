@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .core import CHILD_NAME
@@ -33,16 +35,7 @@ def register(attention_interface: Any) -> None:
 
 
 def polyattn_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the attention output and, if asked for, the attention weights, as Transformers expects them.
 
@@ -52,86 +45,91 @@ def polyattn_forward(
         key: (B, G, Tk, D), not expanded.
         value: (B, G, Tk, Dv).
         attention_mask: None, bool (True = visible) or additive, broadcastable to (B, H, Tq, Tk).
-        scaling: of the scores; D^(-1/2) if None.
-        dropout: probability of dropping an attention weight.
-        is_causal: overrides `module.is_causal`; only effective without a mask and for Tq > 1.
-        sliding_window: effective where is_causal is; a mask carries its own window.
-        **kwargs: what else a model passes; unsupported arguments must be None.
+        **kwargs: what the model passes. Honoured are `scaling` of the scores (D^(-1/2) if None), `dropout` of
+            the attention weights, `is_causal` (overrides `module.is_causal`; effective without a mask and for
+            Tq > 1), `sliding_window` (where is_causal is; a mask carries its own) and `output_attentions`.
 
     Returns:
-        Output (B, Tq, H, Dv) contiguous, and the weights (B, H, Tq, Tk) if `output_attentions` asks for them.
+        Output (B, Tq, H, Dv) contiguous, and the weights (B, H, Tq, Tk) if they are asked for.
 
     Raises:
         UnsupportedArgumentError: an argument that polynomial attention cannot honour.
         InputError: an additive mask with a position bias in it.
     """
-    polynomial = module._modules.get(CHILD_NAME)
+    polynomial: Any = module._modules.get(CHILD_NAME)
     if polynomial is None:
-        return softmax_forward(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs)
+        return softmax_forward(module, query, key, value, attention_mask, **kwargs)
 
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedArgumentError(
-                f"{type(module).__name__} passes {name!r}, which polynomial attention does not support. "
-                "Leave this module softmax: patch_model(..., exclude=...)."
-            )
+    unsupported = _unsupported(kwargs)
+    if unsupported:
+        raise UnsupportedArgumentError(
+            f"{type(module).__name__} passes {unsupported[0]!r}, which polynomial attention does not support. "
+            "Leave this module softmax: patch_model(..., exclude=...)."
+        )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries that SDPA broadcasts over the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    causal = bool(query.shape[2] > 1 and attention_mask is None and is_causal)
+    causal = _causal(module, query, attention_mask, kwargs)
     arguments: dict[str, Any] = {
         "mask": None if attention_mask is None else visible_scores(attention_mask),
         "causal": causal,
-        "window": sliding_window if causal else None,
-        "scaling": scaling,
+        "window": kwargs.get("sliding_window") if causal else None,
+        "scaling": kwargs.get("scaling"),
     }
-
-    observer = getattr(polynomial, "observer", None)
-    if observer is not None:
-        output, weights = softmax_forward(
-            module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs
-        )
-        observer(query, key, value, output, **arguments)
+    if polynomial.observer is not None:
+        output, weights = softmax_forward(module, query, key, value, attention_mask, **kwargs)
+        polynomial.observer(query, key, value, output, **arguments)
         return output, weights
+    arguments["dropout"] = kwargs.get("dropout", 0.0)
     if weights_requested(kwargs):
-        output, weights = polynomial(query, key, value, dropout=dropout, return_weights=True, **arguments)
+        output, weights = polynomial(query, key, value, return_weights=True, **arguments)
         return output, weights.to(query.dtype)
-    return polynomial(query, key, value, dropout=dropout, **arguments), None
+    return polynomial(query, key, value, **arguments), None
 
 
 def softmax_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool | None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns softmax attention for a module that stays softmax in a patched model; weights if asked for."""
-    if not weights_requested(kwargs):
-        kwargs.pop("output_attentions", None)
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    """Returns the softmax attention of a module as its model defines it; weights if asked for.
+
+    By SDPA, but for weights and for arguments that SDPA may drop without a word (soft caps, sinks): those take
+    the `eager_attention_forward` of the module's own family.
+
+    Raises:
+        UnsupportedArgumentError: there is no such function, and an argument that SDPA may drop.
+    """
+    unsupported = _unsupported(kwargs)
+    eager = _eager_attention(type(module)) if unsupported or weights_requested(kwargs) else None
+    if eager is None and unsupported:
+        raise UnsupportedArgumentError(
+            f"{type(module).__name__} passes {unsupported[0]!r} and its model defines no eager_attention_forward that "
+            "would honour it. Use softmax_attention(model) or unpatch_model(model)."
         )
-    q_len, k_len = query.shape[2], key.shape[2]
+    if eager is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    if _causal(module, query, attention_mask, kwargs):
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+    return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _eager_attention(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """Returns the softmax function that an attention class falls back to under "eager"; None if there is none."""
+    forward: Any = inspect.unwrap(kind.forward)
+    names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+    return forward.__globals__.get(names[0]) if names else None
+
+
+def _unsupported(kwargs: dict[str, Any]) -> list[str]:
+    return [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+
+
+def _causal(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if attention_mask is None and is_causal and q_len > 1:
-        attention_mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device).tril()
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0.0)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    return bool(attention_mask is None and query.shape[2] > 1 and is_causal)
 
 
 def visible_scores(mask: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ STAGES = {
 }
 
 
+# Of the weights and of the polynomials. An l1 polynomial falls by six orders of magnitude over its interval: where it
+# is small, so are row sums, and a coefficient that moves by 0.002 moves them by many times their value.
+LEARNING_RATES = {"fixed": (1e-4, 2e-3), "l1": (1e-5, 1e-4)}
+
+
 @dataclasses.dataclass
 class StageArguments:
     """What every recipe can be told."""
@@ -56,11 +61,15 @@ class StageArguments:
     calibrate_only: list[str] = dataclasses.field(
         default_factory=lambda: ["poly3^16-l1"], metadata={"help": "those of them that are not finetuned"}
     )
-    calibration_batches: int = dataclasses.field(default=16, metadata={"help": "batches to calibrate on"})
+    calibration_batches: int = dataclasses.field(default=8, metadata={"help": "batches to calibrate on"})
     batch_size: int = dataclasses.field(default=32, metadata={"help": "examples in a batch, for each process"})
-    steps: int = dataclasses.field(default=150, metadata={"help": "finetuning steps"})
-    learning_rate: float = dataclasses.field(default=5e-4, metadata={"help": "peak, of the model's weights"})
-    coefficient_learning_rate: float = dataclasses.field(default=2e-3, metadata={"help": "peak, of the polynomials"})
+    steps: int = dataclasses.field(default=100, metadata={"help": "finetuning steps"})
+    learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "peak, of the model's weights; default 1e-4, for l1 specs 1e-5"}
+    )
+    coefficient_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "peak, of the polynomials; default 2e-3, for l1 specs 1e-4"}
+    )
     latency_repeats: int = dataclasses.field(default=11, metadata={"help": "timed runs of each model at each stage"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of the data's split and order"})
     output_dir: str = dataclasses.field(
@@ -173,13 +182,14 @@ class Stages:
         distillation = None
         steps = 0 if spec in arguments.calibrate_only else arguments.steps
         if steps > 0:
+            rate, coefficient_rate = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"]
             started = time.perf_counter()
             distillation = hf_polyattn.distill(
                 model,
                 accelerator.prepare(task.train_loader),
                 steps=steps,
-                lr=arguments.learning_rate,
-                coefficient_lr=arguments.coefficient_learning_rate,
+                lr=arguments.learning_rate or rate,
+                coefficient_lr=arguments.coefficient_learning_rate or coefficient_rate,
                 teacher=self.softmax,
                 accelerator=accelerator,
                 progress=accelerator.is_main_process,

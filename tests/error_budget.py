@@ -38,7 +38,7 @@ def operands(
     return [tensor.requires_grad_() for tensor in tensors]
 
 
-def outputs_and_gradients(tensors: list[Tensor], **settings: Any) -> dict[str, Tensor]:
+def outputs_and_gradients(tensors: list[Tensor], *, grad_scale: float = 1.0, **settings: Any) -> dict[str, Tensor]:
     """Returns the output, and the gradients of the operands and of a center tensor, for a fixed random dO."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     names = ["query", "key", "value", "coefficients"]
@@ -47,8 +47,8 @@ def outputs_and_gradients(tensors: list[Tensor], **settings: Any) -> dict[str, T
         leaves.append(settings["center"])
         names.append("center")
     output = polynomial_attention(*leaves[:4], **settings)
-    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
-    gradients = torch.autograd.grad(output, leaves, grad_output)
+    grad_output = grad_scale * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
     return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
 
 

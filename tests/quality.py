@@ -185,21 +185,31 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
 
-    table: dict[str, Any] = {}
     for name in [arguments.checkpoint] if arguments.checkpoint else CASES:
         case = CASES[name]()
-        table[name] = {"softmax": case.measure(case.model)}
+        table = {"softmax": case.measure(case.model)}
         for spec in arguments.specs:
             started = time.perf_counter()
-            table[name][spec] = calibrated(case, spec)
-            print(name, spec, table[name][spec], f"{time.perf_counter() - started:.0f} s", flush=True)
-    if arguments.write:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        versions |= {"transformers": transformers.__version__, "hf_polyattn": hp.__version__}
-        results = {"command": "python tests/quality.py --write", "versions": versions, "checkpoints": table}
-        partial = RESULTS.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, RESULTS)
+            table[spec] = calibrated(case, spec)
+            print(name, spec, table[spec], f"{time.perf_counter() - started:.0f} s", flush=True)
+        if arguments.write:
+            write(name, table)
+
+
+def write(checkpoint: str, table: dict[str, dict[str, float]]) -> None:
+    """Puts the measures of one checkpoint into the results, beside those of the others."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"checkpoints": {}}
+    results["command"] = "python tests/quality.py --write"
+    results["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_polyattn": hp.__version__,
+    }
+    results["checkpoints"][checkpoint] = table
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, RESULTS)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,11 @@ SECONDS_PER_FAMILY = 120
 ROUNDING = 1e-5
 DIFFERS = 1e-2
 
-# Softmax that is not attention: experts' routers, residual streams, a tokenizer of images, entropies, keypoints.
-_OTHER_SOFTMAX = re.compile(r"Router|Gat(e|ing)$|HyperConnection|Ovis2VisionModel|BltPatcher|InterestPointDecoder")
+# Softmax that is not attention: experts' routers, residual streams, a tokenizer of images, entropies, keypoints; and
+# Sam2MultiScaleAttention, which computes one over its heads and drops it.
+_OTHER_SOFTMAX = re.compile(
+    r"Router|Gat(e|ing)$|HyperConnection|Ovis2VisionModel|BltPatcher|InterestPointDecoder|Sam2MultiScaleAttention"
+)
 
 # Cross-attention whose two sequences happen to have one length here.
 _EQUAL_LENGTHS = {"LightGlueAttention", "Sam3Attention", "Sam3LiteTextAttention"}
@@ -59,6 +62,8 @@ _EQUAL_LENGTHS = {"LightGlueAttention", "Sam3Attention", "Sam3LiteTextAttention"
 # Self-attention whose keys are pooled, or the queries, or which sees another sequence beside its own.
 _OTHER_LENGTHS = {
     "Idefics2PerceiverAttention",
+    "Kosmos2_5TextAttention",
+    "KosmosTextAttention",
     "PvtSelfAttention",
     "Sam2MultiScaleAttention",
     "SegformerAttention",
@@ -85,7 +90,8 @@ class Row:
         dtype: float64, or float32 where the model does not run in float64.
         patched: polynomial modules.
         reached: how many of them these inputs reach.
-        softmax: classes of attention that stay softmax on purpose: cross-attention and `excluded`.
+        polynomial: their classes.
+        softmax: classes of attention that stay softmax on purpose: cross-attention.
         error: largest difference to the oracle, relative to its largest output; one digit.
         tolerance: four times what rounding the oracle's attention to float32 changes; one digit.
         control: the same difference between the softmax model and the oracle; two digits.
@@ -103,6 +109,7 @@ class Row:
     dtype: str = ""
     patched: int = 0
     reached: int = 0
+    polynomial: tuple[str, ...] = ()
     softmax: tuple[str, ...] = ()
     error: float = 0.0
     tolerance: float = 0.0
@@ -332,6 +339,7 @@ def check(row: Row, model: PreTrainedModel, inputs: Inputs, **options: Any) -> R
         reason="",
         patched=len(layers),
         reached=sum(module in oracle.queries for module in layers),
+        polynomial=class_names(layers),
         softmax=class_names(module for module, text in status.items() if text != "patched"),
         error=float(f"{error:.0e}"),
         tolerance=float(f"{tolerance:.0e}"),

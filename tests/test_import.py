@@ -157,7 +157,7 @@ FLOORS = {
     2: {"core"},
     3: {"attention", "families", "patch"},
     4: {"capture", "fitting"},
-    5: {"calibration", "distill", "distillation", "diagnose", "bench", "hub"},
+    5: {"calibration", "distillation", "diagnose", "bench", "hub"},
     6: {"_activation", "cli"},
     7: {"__init__"},
 }

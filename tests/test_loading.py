@@ -78,7 +78,6 @@ for file in sorted(Path(sys.argv[1]).glob("*.pt")):
 IMPORTS = {
     "plugin-first": "import hf_polyattn, transformers",
     "plugin-last": "import transformers; from transformers import AutoModel, BertModel, Trainer; import hf_polyattn",
-    "patch-only": "from hf_polyattn import patch_model; import transformers",
 }
 
 

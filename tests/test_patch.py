@@ -612,6 +612,7 @@ def test_polynomials_stay_float32_when_a_checkpoint_is_loaded_in_low_precision(
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype
+    assert "polyattn" in loaded._keep_in_fp32_modules_strict  # what quantized loading reads
     expected = {key: value for key, value in model.state_dict().items() if "polyattn" in key}
     for key, value in loaded.state_dict().items():
         assert value.dtype == (torch.float32 if "polyattn" in key else dtype), key

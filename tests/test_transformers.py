@@ -18,6 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
+    Gemma2Config,
+    Gemma2Model,
+    GptOssConfig,
+    GptOssModel,
     MistralConfig,
     MistralForCausalLM,
     Trainer,
@@ -327,23 +331,61 @@ def test_packed_sequences_equal_separate_ones(name: str, double: Any, batch: Any
 
 
 @decoders
-def test_layers_that_stay_softmax_compute_softmax(name: str, pretrained: Any, polynomial: Any, batch: Any) -> None:
+@pytest.mark.parametrize("mask", ["none", "2d", "additive"])
+def test_layers_that_stay_softmax_compute_softmax(
+    name: str, mask: str, pretrained: Any, polynomial: Any, batch: Any
+) -> None:
     inputs = batch(name)
+    real = inputs["attention_mask"].bool() if mask != "none" else torch.ones(inputs["input_ids"].shape).bool()
+    if mask == "none":
+        del inputs["attention_mask"]
+    elif mask == "additive":
+        visible = visible_pairs(name, inputs["attention_mask"])
+        lowest = torch.finfo(torch.float64).min
+        inputs["attention_mask"] = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, lowest)
     original = pretrained(name, BASE[name], attn_implementation="eager").double()
-    with torch.no_grad():
-        softmax = original(**inputs, output_attentions=True)
     config = hp.PolyAttentionConfig("poly3", layers=[1], interval=True, clamp=True)
     model = polynomial(pretrained(name, BASE[name]), config).double()
     with torch.no_grad():
+        softmax = original(**inputs, output_attentions=True)
         mixed = model(**inputs, output_attentions=True)
         plain = model(**inputs)
-    # Eager softmax rounds its weights to float32.
-    torch.testing.assert_close(mixed.attentions[0], softmax.attentions[0], rtol=1e-5, atol=1e-6)
-    real = inputs["attention_mask"].bool()
+    assert same(name, mixed.attentions[0], softmax.attentions[0])
     sums = [weights.sum(-1).transpose(1, 2)[real] for weights in mixed.attentions]
     assert all(((total - 1).abs().max() < 1e-5) == (index != 1) for index, total in enumerate(sums))
+    # Eager softmax rounds to float32, SDPA does not.
     assert (mixed.logits - plain.logits)[real].abs().max() < 1e-4 * plain.logits.abs().max()
     assert not same(name, plain.logits, softmax.logits)
+
+
+def softcapped() -> tuple[Any, Any]:
+    config = Gemma2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, vocab_size=96, attn_logit_softcapping=0.5, initializer_range=0.4,
+    )  # fmt: skip
+    return Gemma2Model(config), lambda attention: setattr(attention, "attn_logit_softcapping", None)
+
+
+def with_sinks() -> tuple[Any, Any]:
+    config = GptOssConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, vocab_size=96, num_local_experts=2, num_experts_per_tok=1, initializer_range=0.4,
+    )  # fmt: skip
+    return GptOssModel(config), lambda attention: attention.sinks.data.fill_(-100.0)
+
+
+@pytest.mark.parametrize("build", [softcapped, with_sinks], ids=["gemma2-softcap", "gpt-oss-sinks"])
+def test_softmax_layers_keep_soft_caps_and_sinks(build: Any) -> None:
+    torch.manual_seed(0)
+    model, switch_off = build()
+    model.eval().set_attn_implementation("eager")
+    inputs = {"input_ids": torch.randint(3, 96, (2, 7)), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
+    expected = output(model, **inputs)
+    model.set_attn_implementation("polyattn")  # and no polynomial module: every layer stays softmax
+    torch.testing.assert_close(output(model, **inputs), expected, rtol=1e-4, atol=1e-4)
+    for layer in model.layers:
+        switch_off(layer.self_attn)
+    assert (output(model, **inputs) - expected).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------- training

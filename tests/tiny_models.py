@@ -52,6 +52,7 @@ _SMALL = [
         (r"rotary_dim|index_topk|index_block_size", 4),
         (r"num_queries|num_denoising|num_query_tokens|.*num_latents|.*_n_latents", 10),
         (r"query_pre_attn_scalar", 8),
+        (r"upsample_groups", 32),
     )
 ]
 _OWN_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -80,7 +81,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
             {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3]},
         ),
         ("qwen3_next qwen3_5_text qwen3_5_moe_text qwen4_exp_text", {"num_hidden_layers": 4}),  # the 4th has attention
-        ("jamba bamba granitemoehybrid", {"num_hidden_layers": 6}),
+        ("jamba", {"num_hidden_layers": 6}),
+        ("bamba", {"attn_layer_indices": [1]}),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}),
+        ("recurrent_gemma", {"num_hidden_layers": 3}),
+        ("mllama_text_model", {"cross_attention_layers": [1]}),
+        ("musicgen_decoder musicgen_melody_decoder", {"num_codebooks": 1}),
+        ("chameleon", {"vocabulary_map": {"<image>": 300}}),
         ("deepseek_v2 deepseek_ocr2_text", {"num_experts_per_tok": 2}),
         ("pix2struct_vision_model kosmos_2_5_vision_model", {"patch_embed_hidden_size": 192}),
         ("bridgetower_vision_model", {"hidden_size": 64}),
@@ -184,26 +191,24 @@ def tiny_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         kind = model_class(family)
         config = tiny_config(CONFIG_MAPPING[family])
+        config._experts_implementation = "eager"  # the grouped matrix products know no float64
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(config).parameters())
+        if size > MAX_PARAMETERS:
+            raise UnavailableError(f"its smallest model here has {size / 1e6:.0f} million parameters")
+        torch.manual_seed(0)
+        model = kind(config).eval().to(dtype)
     except UnavailableError:
         raise
     except Exception as error:  # whatever a config says of sizes that do not fit
         raise UnavailableError(f"not built: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
-    if size > MAX_PARAMETERS:
-        raise UnavailableError(f"its smallest model here has {size / 1e6:.0f} million parameters")
-    torch.manual_seed(0)
-    config._experts_implementation = "eager"  # the grouped matrix products know no float64
-    model = kind(config).eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
-                continue
-            if parameter.dim() < 2:
+            if parameter.is_floating_point() and parameter.dim() < 2:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
+            elif parameter.is_floating_point():
                 gain = 1.5 if parameter.dim() == 2 else 1.0
-                parameter.normal_(0.0, gain * parameter[0].numel() ** -0.5)
+                parameter.normal_(0.0, gain * max(1, parameter[:1].numel()) ** -0.5)
     return model
 
 
@@ -221,15 +226,14 @@ def candidate_inputs(model: PreTrainedModel) -> Iterator[Inputs]:
         yield text
 
 
-def text_inputs(model: PreTrainedModel, padding: str | None = "right") -> Inputs:
+def text_inputs(model: PreTrainedModel, padding: str = "right") -> Inputs:
     """Returns token ids, the second row padded by three, and decoder ids where the model is an encoder-decoder."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 200, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
-    if padding is not None:
-        mask[1, -3:] = 0
-        if padding == "left":
-            mask = mask.flip(1)
+    mask[1, -3:] = 0
+    if padding == "left":
+        mask = mask.flip(1)
     boxes = torch.tensor([2, 3, 7, 9]).expand(BATCH, LENGTH, 4)
     inputs = {"input_ids": ids, "attention_mask": mask, "bbox": boxes}
     if model.config.is_encoder_decoder:
@@ -248,7 +252,9 @@ def _image_inputs(model: PreTrainedModel) -> Iterator[Inputs]:
     for shape in ((channels, size, size), (frames, channels, size, size), (1, channels, size, size)):
         pixels = _noise(BATCH, *shape)
         names = ("pixel_values", "pixel_values_videos", "image", "prompt_pixel_values")
-        yield dict.fromkeys(names, pixels) | {"qformer_input_ids": torch.ones(BATCH, 4, dtype=torch.long)}
+        images = dict.fromkeys(names, pixels) | {"qformer_input_ids": torch.ones(BATCH, 4, dtype=torch.long)}
+        yield images
+        yield images | {"image_sizes": torch.tensor([[size, size]] * BATCH)}
     tiles = {"aspect_ratio_ids": torch.ones(BATCH, 1).long(), "aspect_ratio_mask": torch.ones(BATCH, 1, 4).long()}
     yield {"pixel_values": _noise(BATCH, 1, 4, channels, size, size), **tiles}
 
@@ -292,24 +298,28 @@ def _series_inputs(model: PreTrainedModel) -> Iterator[Inputs]:
     }
 
 
-def _with_placeholders(model: PreTrainedModel, text: dict[str, Tensor], features: dict[str, Tensor]) -> Inputs:
+def _with_placeholders(model: PreTrainedModel, text: Inputs, features: Inputs) -> Inputs:
     """Returns the text with one image token for each row of image features that the model puts into it."""
     token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
     if token is None or not hasattr(model, "get_image_features"):
         return text
+    names = inspect.signature(model.get_image_features).parameters
     try:
         with torch.no_grad():
-            output = model.get_image_features(**features)
+            output = model.get_image_features(**{name: x for name, x in features.items() if name in names})
+        rows = output.pooler_output if hasattr(output, "pooler_output") else output
+        count = sum(row.flatten(0, -2).shape[0] for row in rows) // BATCH
     except Exception:  # features of another kind: the forward pass will say so
         return text
-    rows = output.pooler_output if hasattr(output, "pooler_output") else output
-    count = sum(row.flatten(0, -2).shape[0] for row in rows) // BATCH
     fillers = {"input_ids": token, "attention_mask": 1}
-    return text | {
+    filled = text | {
         name: torch.cat([text[name][:, :4], torch.full((BATCH, count), filler), text[name][:, 4:]], dim=1)
         for name, filler in fillers.items()
         if name in text
     }
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        filled["mm_token_type_ids"] = (filled["input_ids"] == token).long()
+    return filled
 
 
 def _side(config: PreTrainedConfig, name: str, default: int) -> int:

@@ -158,20 +158,20 @@ class _Block:
         return rows.reshape(rows.shape[0], heads, self.rows.stop - self.rows.start, rows.shape[3])
 
     def scores(self) -> Tensor:
-        """Returns t, and 0 where it is hidden: what no row sees must not overflow in the polynomial."""
+        """Returns t."""
         t = self.ungroup(self.query() @ self.key().transpose(-1, -2))
         if self.call.center is not None:
             t.sub_(self.call.center[self.entries, self.heads, self.rows].unsqueeze(-1))
         if self.call.clamp:
             t.clamp_(-1.0, 1.0)
-        return self.hide(t)
+        return t
 
     def hide(self, block: Tensor) -> Tensor:
         """Zeroes, in place, what a row may not see."""
         return block if self.visible is None else block.mul_(self.visible)
 
     def row_scale(self, w: Tensor) -> Tensor | float:
-        """Returns r_i, broadcastable to (b, h, i, 1); for l1, 0 where all of a row's weights are 0."""
+        """Returns r_i, broadcastable to (b, h, i, 1); for l1, 0 where all w are: dO / ε would overflow."""
         if self.call.normalizer != "l1":
             return self.fixed_row_scale
         total = (w if self.call.power > 1 else w.abs()).sum(-1, keepdim=True)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 from hf_polyattn import InputError, PatchError, PolyAttentionConfig, patch_model, softmax_attention, unpatch_model
 from hf_polyattn.core import PolyAttention
-from hf_polyattn.distill import DistillationError, _learning_rate, distill, param_groups
+from hf_polyattn.distillation import DistillationError, _learning_rate, distill, param_groups
 
 Batch = dict[str, Tensor]
 
