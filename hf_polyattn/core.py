@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import PatchError
 from .ops import polynomial_attention
-from .ops.api import _autocast
+from .ops.api import autocast_inputs
 from .spec import PolyAttentionConfig
 
 CHILD_NAME = "polyattn"
@@ -126,7 +126,7 @@ class PolyAttention(nn.Module):
 
         Of the query as autocast rounds it: the score has the same rounding, and the difference is small.
         """
-        (query,) = _autocast(query)
+        (query,) = autocast_inputs(query)
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         with torch.autocast(device_type=query.device.type, enabled=False):
             shift = (query.to(dtype) @ self.key_shift.to(dtype).unsqueeze(-1)).squeeze(-1)

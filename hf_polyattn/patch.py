@@ -252,9 +252,10 @@ def attach_saved(model: PreTrainedModel) -> None:
     if not is_patched(model):
         return
     for owner in governing_configs(model):
-        if owner.config._attn_implementation != IMPLEMENTATION:
-            softmax = owner.config._attn_implementation
-        else:
+        softmax = owner.config._attn_implementation
+        if softmax == IMPLEMENTATION and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
+            softmax = getattr(owner.config, CONFIG_KEY)["softmax_implementation"]
+        elif softmax == IMPLEMENTATION:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
         _arm(owner.config, config, owner.paths, softmax)
 

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 512
-MAX_PARAMETERS = 30_000_000
+MAX_PARAMETERS = 40_000_000
 BATCH, LENGTH, DECODER_LENGTH = 2, 11, 7
 
 Inputs = dict[str, Tensor]
@@ -50,7 +50,7 @@ _SMALL = [
         (r"num_mel_bins|feature_size", 16),
         (r"sliding_window", 5),  # shorter than the inputs, as are the next
         (r"rotary_dim|index_topk|index_block_size", 4),
-        (r"num_queries|num_denoising|num_query_tokens|.*num_latents|.*_n_latents", 10),
+        (r"num_queries|num_denoising|num_query_tokens|.*num_latents|.*_n_latents|latent_query_num", 10),
         (r"query_pre_attn_scalar", 8),
         (r"upsample_groups", 32),
     )
@@ -101,7 +101,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         ("reformer", {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4}),
         ("step3p5", {"sliding_window": 5}),
         ("videomae", {"num_frames": 4, "tubelet_size": 2}),
-        ("vitpose_backbone", {"image_size": [32, 32], "patch_size": [8, 8]}),
         ("vivit", {"num_frames": 4, "tubelet_size": [2, 8, 8]}),
         ("xmod", {"default_language": "en_XX"}),
     )
@@ -125,7 +124,8 @@ def tiny_config(kind: type[PreTrainedConfig], **overrides: Any) -> PreTrainedCon
             own = issubclass(spec.config_class, PreTrainedConfig)
             sub_kind = spec.config_class if own else CONFIG_MAPPING[spec.model_type]
             given = {key: _small(key, value) for key, value in spec.init_kwargs.items()}
-            if not {"out_features", "out_indices"}.isdisjoint(given):  # a backbone whose stages are named
+            stages = {"out_features", "out_indices"} & given.keys()
+            if stages and hasattr(sub_kind, "num_hidden_layers"):  # a backbone: all its stages must be there
                 given["num_hidden_layers"] = spec.init_kwargs.get("num_hidden_layers", 12)
             values[name] = tiny_config(sub_kind, **given)
     if "kv_lora_rank" in values:  # multi-head latent attention has as many key heads as query heads
@@ -139,6 +139,8 @@ def _small(name: str, default: Any) -> Any:
         return 8
     if name.endswith("num_heads") and isinstance(default, (list, tuple)):
         return type(default)(2 ** (stage + 1) for stage in range(len(default)))
+    if name in ("image_size", "patch_size") and isinstance(default, (list, tuple)):
+        return type(default)(_small(name, side) for side in default)
     if isinstance(default, float) and "drop" in name:
         return 0.0
     if not isinstance(default, int) or isinstance(default, bool):

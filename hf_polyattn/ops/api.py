@@ -115,7 +115,7 @@ def polynomial_attention(
     >>> polynomial_attention(q, k, v, torch.tensor([[0.0, 0.0, 0.0, 1.0]])).shape
     torch.Size([1, 5, 2, 8])
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_inputs(query, key, value)
     _check_operands(query, key, value, coefficients)
     batch, heads, q_len, head_dim = query.shape
     _check_mask(mask, batch, heads, q_len, key.shape[2], query.device)
@@ -171,7 +171,7 @@ def polynomial_attention(
     return fused
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts as `scaled_dot_product_attention` does under autocast: to the autocast dtype, float64 excepted."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
