@@ -1,4 +1,4 @@
-# make demo    a real pretrained model goes polynomial and keeps its quality; about 8 minutes on two cores
+# make demo    a real pretrained model goes polynomial and keeps its quality
 # make test    the tests
 # make check   formatting, lint and types
 # make bench   times the operator next to softmax attention on this machine

@@ -20,7 +20,7 @@ from .masks import band, key_slice
 
 # Weights in one block. On a CPU its few float32 temporaries should stay in the last-level cache; another
 # device wants enough of them to be filled.
-_BLOCK_WEIGHTS_CPU = 2**18
+_BLOCK_WEIGHTS_CPU = 2**19
 _BLOCK_WEIGHTS = 2**25
 # Query rows in one block of a causal or windowed call: the fewer they are, the fewer of the keys that none of
 # them sees are computed.
