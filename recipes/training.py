@@ -182,14 +182,16 @@ class Stages:
         distillation = None
         steps = 0 if spec in arguments.calibrate_only else arguments.steps
         if steps > 0:
-            rate, coefficient_rate = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"]
+            given = (arguments.learning_rate, arguments.coefficient_learning_rate)
+            defaults = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"]
+            rates = [default if rate is None else rate for rate, default in zip(given, defaults, strict=True)]
             started = time.perf_counter()
             distillation = hf_polyattn.distill(
                 model,
                 accelerator.prepare(task.train_loader),
                 steps=steps,
-                lr=arguments.learning_rate or rate,
-                coefficient_lr=arguments.coefficient_learning_rate or coefficient_rate,
+                lr=rates[0],
+                coefficient_lr=rates[1],
                 teacher=self.softmax,
                 accelerator=accelerator,
                 progress=accelerator.is_main_process,
