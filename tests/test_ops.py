@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_polyattn import BackendError, InputError, polynomial_attention
-from hf_polyattn.ops import BACKENDS, chunked, library
+from hf_polyattn.ops import BACKENDS, chunked, library, packed_ranges
 from hf_polyattn.ops.call import Call
 from hf_polyattn.spec import NORMALIZERS, POWERS
 
@@ -45,6 +45,13 @@ def padding(shape: Shape, rows: int = 1) -> Tensor:
     return (torch.arange(k_len) > torch.arange(batch)[:, None])[:, None, None].expand(-1, 1, rows, -1)
 
 
+def row_ranges(shape: Shape) -> Tensor:
+    """(1, Tq, 2): each row sees some keys in the middle, the last row none."""
+    start = torch.arange(shape[3]) % 3
+    stop = (start + 3).clamp(max=shape[4])
+    return torch.stack([start, torch.where(torch.arange(shape[3]) == shape[3] - 1, start, stop)], dim=-1)[None]
+
+
 # Name -> settings for B, H, G, Tq, Tk. Without them the result is another one.
 FEATURES: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "key-padding": lambda s: {"mask": padding(s)},
@@ -52,10 +59,14 @@ FEATURES: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "dense-mask": lambda s: {"mask": noise(s[0], s[1], s[3], s[4]) > 0},
     "mask-per-head": lambda s: {"mask": noise(1, s[1], 1, s[4]) > 0},
     "mask-per-row": lambda s: {"mask": noise(1, 1, s[3], s[4]) > 0},
+    "ranges": lambda s: {"ranges": torch.tensor([[[1, s[4]]], [[0, s[4] - 2]]])[: s[0]]},
+    "ranges-per-row": lambda s: {"ranges": row_ranges(s)},
+    "packed": lambda s: {"ranges": packed_ranges(torch.tensor([0, 2, 2, 5]), s[3]), "causal": True},
     "causal": lambda s: {"causal": True},
     "window": lambda s: {"window": 2},
     "causal-window": lambda s: {"causal": True, "window": 2},
     "causal-padding": lambda s: {"causal": True, "mask": padding(s)},
+    "ranges-window-mask": lambda s: {"ranges": row_ranges(s), "window": 4, "mask": noise(1, 1, s[3], s[4]) > -1},
     "scaling": lambda s: {"scaling": 0.9},
     "center": lambda s: {"center": 0.7},
     "center-per-head": lambda s: {"center": noise(s[1])},
@@ -83,6 +94,7 @@ def naive(
     coefficients: Tensor,
     *,
     mask: Tensor | None = None,
+    ranges: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     scaling: float | None = None,
@@ -97,6 +109,7 @@ def naive(
     groups, k_len = key.shape[1:3]
     q, k, v, c = (tensor.detach().double().numpy() for tensor in (query, key, value, coefficients))
     m = np.broadcast_to(np.ones(()) if mask is None else mask.numpy(), (batch, heads, q_len, k_len))
+    spans = np.broadcast_to(np.array([0, k_len]) if ranges is None else ranges.numpy(), (batch, q_len, 2))
     centers = np.asarray(center)
     centers = np.broadcast_to(centers[:, None] if centers.ndim == 1 else centers, (batch, heads, q_len))
     radii = np.broadcast_to(np.asarray(radius), heads)
@@ -106,7 +119,10 @@ def naive(
         seen = [
             j
             for j in range(k_len)
-            if m[b, h, i, j] and not (causal and j > i) and not (window is not None and abs(i - j) >= window)
+            if m[b, h, i, j]
+            and spans[b, i, 0] <= j < spans[b, i, 1]
+            and not (causal and j > i)
+            and not (window is not None and abs(i - j) >= window)
         ]
         total = 0.0
         for j in seen:
@@ -479,7 +495,7 @@ class Allocations(TorchDispatchMode):
             if func is torch.ops.polyattn.attention.default:
                 return BACKENDS[backend].load().forward(Call(*call))
             if func is torch.ops.polyattn.attention_backward.default:
-                return BACKENDS[backend].load().backward(call[0], Call(*call[1:]))
+                return BACKENDS[backend].load().backward(*call[:3], Call(*call[3:]))
         outputs = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         for output, spec in zip(outputs if len(returns) > 1 else [outputs], returns, strict=True):
@@ -644,9 +660,10 @@ def test_operator_obeys_the_library_contract(settings: dict[str, Any], dtype: to
     call = make_call(operands(dtype=dtype), **settings)
     arguments = [getattr(call, name) for name in Call.__slots__]
     torch.library.opcheck(library.attention, (*arguments, "chunked"))
-    grad_output = torch.randn(2, 5, 4, 3).to(dtype)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-    torch.library.opcheck(library.attention_backward, (grad_output, *detached, "chunked"))
+    output, row_scale = library.attention(*detached, "chunked")
+    grad_output = torch.randn_like(output)
+    torch.library.opcheck(library.attention_backward, (grad_output, output, row_scale, *detached, "chunked"))
 
 
 def attend_causally(backend: str, *inputs: Tensor) -> Tensor:

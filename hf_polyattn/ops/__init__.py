@@ -2,5 +2,6 @@
 
 from .api import polynomial_attention
 from .backends import BACKENDS
+from .masks import packed_ranges
 
-__all__ = ["BACKENDS", "polynomial_attention"]
+__all__ = ["BACKENDS", "packed_ranges", "polynomial_attention"]

@@ -25,6 +25,7 @@ def polynomial_attention(
     coefficients: Tensor,
     *,
     mask: Tensor | None = ...,
+    ranges: Tensor | None = ...,
     causal: bool = ...,
     window: int | None = ...,
     scaling: float | None = ...,
@@ -33,6 +34,7 @@ def polynomial_attention(
     center: float | Tensor = ...,
     radius: float | Tensor = ...,
     clamp: bool = ...,
+    monomial: bool = ...,
     dropout: float = ...,
     backend: str = ...,
     return_weights: Literal[False] = ...,
@@ -47,6 +49,7 @@ def polynomial_attention(
     coefficients: Tensor,
     *,
     mask: Tensor | None = ...,
+    ranges: Tensor | None = ...,
     causal: bool = ...,
     window: int | None = ...,
     scaling: float | None = ...,
@@ -55,6 +58,7 @@ def polynomial_attention(
     center: float | Tensor = ...,
     radius: float | Tensor = ...,
     clamp: bool = ...,
+    monomial: bool = ...,
     dropout: float = ...,
     backend: str = ...,
     return_weights: Literal[True],
@@ -68,6 +72,7 @@ def polynomial_attention(
     coefficients: Tensor,
     *,
     mask: Tensor | None = None,
+    ranges: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     scaling: float | None = None,
@@ -76,6 +81,7 @@ def polynomial_attention(
     center: float | Tensor = 0.0,
     radius: float | Tensor = 1.0,
     clamp: bool = False,
+    monomial: bool = False,
     dropout: float = 0.0,
     backend: str = "auto",
     return_weights: bool = False,
@@ -89,6 +95,8 @@ def polynomial_attention(
         coefficients: (H, P + 1), or (1, P + 1) shared by the heads, float; ascending powers of t, P in 1..8.
         mask: bool (B or 1, H or 1, Tq or 1, Tk), True = visible. It multiplies after the polynomial; a row
             that sees nothing gives zeros.
+        ranges: int (B or 1, Tq or 1, 2): query i sees keys start <= j < stop. Padding and packed sequences without
+            a mask of the size Tq × Tk; see `packed_ranges`.
         causal: query i sees keys j <= i, aligned top-left.
         window: query i sees keys with |i - j| < window.
         scaling: of the scores; D^(-1/2) if None.
@@ -98,6 +106,7 @@ def polynomial_attention(
         center: float, (H,) or (B, H, Tq), in units of the scaled scores; differentiable.
         radius: float or (H,), positive, in units of the scaled scores.
         clamp: limit t to [-1, 1].
+        monomial: take all coefficients but the highest as 0; they are not read and get gradient 0.
         dropout: probability in [0, 1) that an attention weight is dropped after normalization.
         backend: `auto` or a name in `hf_polyattn.ops.BACKENDS`; one asked for by name never falls back.
         return_weights: also return the attention weights r_i w_ij, (B, H, Tq, Tk), float32 or float64.
@@ -119,6 +128,7 @@ def polynomial_attention(
     _check_operands(query, key, value, coefficients)
     batch, heads, q_len, head_dim = query.shape
     _check_mask(mask, batch, heads, q_len, key.shape[2], query.device)
+    _check_ranges(ranges, batch, q_len, query.device)
     if normalizer not in NORMALIZERS:
         raise InputError(f"normalizer {normalizer!r} is not one of {NORMALIZERS}")
     if power not in POWERS:
@@ -128,12 +138,16 @@ def polynomial_attention(
     if not 0.0 <= dropout < 1.0:
         raise InputError(f"dropout must be a probability in [0, 1), got {dropout}")
 
+    coefficients = coefficients.expand(heads, -1)
+    if monomial:
+        coefficients = torch.nn.functional.pad(coefficients[:, -1:], (coefficients.shape[1] - 1, 0))
     call = Call(
         query=query,
         key=key,
         value=value,
-        coefficients=coefficients.expand(heads, -1),
+        coefficients=coefficients,
         mask=mask,
+        ranges=None if ranges is None else ranges.to(torch.int32),
         center=_center(center, query),
         radius=_radius(radius, query),
         seed=new_seed(query.device) if dropout > 0.0 else None,
@@ -143,6 +157,7 @@ def polynomial_attention(
         power=power,
         normalizer=normalizer,
         clamp=clamp,
+        monomial=monomial,
         dropout=dropout,
     )
     name = backends.select(
@@ -164,11 +179,12 @@ def polynomial_attention(
 
     from . import library
 
-    fused: Tensor = library.attention(
-        call.query, call.key, call.value, call.coefficients, call.mask, call.center, call.radius, call.seed,
-        call.causal, call.window, call.scaling, call.power, call.normalizer, call.clamp, call.dropout, name,
+    fused, _ = library.attention(
+        call.query, call.key, call.value, call.coefficients, call.mask, call.ranges, call.center, call.radius,
+        call.seed, call.causal, call.window, call.scaling, call.power, call.normalizer, call.clamp, call.monomial,
+        call.dropout, name,
     )  # fmt: skip
-    return fused
+    return fused  # type: ignore[no-any-return]
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -223,6 +239,20 @@ def _check_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_len: 
         raise InputError(
             f"mask {tuple(mask.shape)} does not fit; allowed: (B or 1, H or 1, Tq or 1, Tk) with B = {batch}, "
             f"H = {heads}, Tq = {q_len}, Tk = {k_len}"
+        )
+
+
+def _check_ranges(ranges: Tensor | None, batch: int, q_len: int, device: torch.device) -> None:
+    if ranges is None:
+        return
+    if ranges.is_floating_point() or ranges.dtype == torch.bool:
+        raise InputError(f"ranges must be int, the start and stop of the visible keys; got {ranges.dtype}")
+    if ranges.device != device:
+        raise InputError(f"ranges are on {ranges.device}, query on {device}")
+    allowed = ((1, batch), (1, q_len), (2,))
+    if ranges.dim() != 3 or any(size not in sizes for size, sizes in zip(ranges.shape, allowed, strict=True)):
+        raise InputError(
+            f"ranges {tuple(ranges.shape)} do not fit; allowed: (B or 1, Tq or 1, 2) with B = {batch}, Tq = {q_len}"
         )
 
 

@@ -23,10 +23,12 @@ class Call:
         value: (B, G, Tk, Dv).
         coefficients: (H, P + 1), ascending powers of t.
         mask: bool (B or 1, H or 1, Tq or 1, Tk), True = visible; None where all is visible.
+        ranges: int32 (B or 1, Tq or 1, 2), the start and stop of the keys that a row may see; None for all.
         center: (B, H, Tq) or None for 0.
         radius: (H,) or None for 1.
         seed: int64 (1,) when attention weights are dropped, else None.
         causal, window: the pattern of `hf_polyattn.ops.masks.band`.
+        monomial: all coefficients but the highest are 0, and need no gradient.
     """
 
     query: Tensor
@@ -34,6 +36,7 @@ class Call:
     value: Tensor
     coefficients: Tensor
     mask: Tensor | None
+    ranges: Tensor | None
     center: Tensor | None
     radius: Tensor | None
     seed: Tensor | None
@@ -43,6 +46,7 @@ class Call:
     power: int
     normalizer: str
     clamp: bool
+    monomial: bool
     dropout: float
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .call import EPSILON, ROW_EXPONENTS, Call
 from .dropout import dropout_scale
-from .masks import band, key_slice
+from .masks import key_slice, pattern
 
 # Weights in one block. On a CPU its few float32 temporaries should stay in the last-level cache; another
 # device wants enough of them to be filled.
@@ -27,29 +27,37 @@ _BLOCK_WEIGHTS = 2**25
 _BAND_ROWS = 128
 
 
-def forward(call: Call) -> Tensor:
-    """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype."""
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale as `library` says."""
     batch, heads, q_len, _ = call.query.shape
+    l1 = call.normalizer == "l1"
     out = call.query.new_zeros((batch, q_len, heads, call.value.shape[3]))
+    scales = out.new_zeros((batch, heads, q_len) if l1 else (0,), dtype=call.compute_dtype)
     with torch.autocast(device_type=call.query.device.type, enabled=False):
         for block in _blocks(_fold(call)):
             w = block.hide(_horner(block.scores(), block.coefficients()))
             for _ in range(call.power.bit_length() - 1):
                 w.mul_(w)
-            row_scale = block.row_scale(w)
+            row_scale = block.fixed_row_scale
+            if l1:
+                row_scale = _l1_row_scale(w)
+                scales[block.entries, block.heads, block.rows] = row_scale[..., 0]
             if call.seed is not None:
                 w.mul_(block.dropout_scale())
             rows = block.ungroup(block.group(w) @ block.value()) * row_scale
             out[block.entries, block.rows, block.heads] = rows.transpose(1, 2)
-    return out
+    return out, scales
 
 
-def backward(grad_output: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none).
 
     With g_ij = r_i dO_i·v_j and, for l1, δ_i = r_i Σ_j g_ij w_ij (else 0), the gradient of p is
     dp = m (g − δ sign w) s p^(s−1); then dV = wᵀ (r dO), dc_k = Σ dp t^k, dt = dp · p'(t) (0 where clamped),
-    dcenter = −Σ_j dt / radius, dS = dt · scaling / radius, dQ = dS K, dK = dSᵀ Q.
+    dcenter = −Σ_j dt / radius, dS = dt · scaling / radius, dQ = dS K, dK = dSᵀ Q. δ_i is r_i dO_i·O_i too, but the
+    rounding of a bf16 output would show in the gradient of the coefficients, where much cancels.
     """
     with torch.autocast(device_type=call.query.device.type, enabled=False):
         folded = _fold(call)
@@ -70,9 +78,11 @@ def backward(grad_output: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, T
                     slope.mul_(w)
                     w.mul_(w)
 
-            row_scale = block.row_scale(w)
-            grad_rows = grad_output[block.entries, block.rows, block.heads].transpose(1, 2).to(w.dtype)
-            grad_rows = block.group(grad_rows * row_scale)
+            scale = block.fixed_row_scale
+            if call.normalizer == "l1":
+                scale = row_scale[block.entries, block.heads, block.rows, None]
+            grad_rows = grad_output[block.entries, block.rows, block.heads].transpose(1, 2).to(w.dtype) * scale
+            grad_rows = block.group(grad_rows)
             grad_p = block.ungroup(grad_rows @ block.value().transpose(-1, -2))
             dropped = w
             if call.seed is not None:
@@ -82,7 +92,7 @@ def backward(grad_output: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, T
             grad_value[block.entries, block.groups, block.columns] += block.group(dropped).transpose(-1, -2) @ grad_rows
 
             if call.normalizer == "l1":
-                delta = (grad_p * w).sum(-1, keepdim=True) * row_scale
+                delta = (grad_p * w).sum(-1, keepdim=True) * scale
                 grad_p.addcmul_(w.sign_(), delta, value=-1.0)
             if slope is not None:
                 grad_p.mul_(slope)
@@ -170,13 +180,6 @@ class _Block:
         """Zeroes, in place, what a row may not see."""
         return block if self.visible is None else block.mul_(self.visible)
 
-    def row_scale(self, w: Tensor) -> Tensor | float:
-        """Returns r_i, broadcastable to (b, h, i, 1); for l1, 0 where all w are: dO / ε would overflow."""
-        if self.call.normalizer != "l1":
-            return self.fixed_row_scale
-        total = (w if self.call.power > 1 else w.abs()).sum(-1, keepdim=True)
-        return torch.where(total > 0.0, 1.0 / (EPSILON + total), 0.0)
-
     def dropout_scale(self) -> Tensor:
         """Returns (b, h, i, j): 0 where a weight is dropped, else 1 / (1 − probability)."""
         call, device = self.call, self.call.query.device
@@ -238,12 +241,14 @@ def _steps(length: int, step: int) -> Iterator[slice]:
 
 
 def _visible(call: Call, entries: slice, heads: slice, rows: slice, columns: slice) -> Tensor | None:
-    visible = band(rows, columns, call.causal, call.window, call.query.device)
-    if call.mask is not None:
-        parts = (entries, heads, rows, columns)
-        mask = call.mask[tuple(p if size > 1 else slice(None) for p, size in zip(parts, call.mask.shape, strict=True))]
-        visible = mask if visible is None else mask & visible
+    visible = pattern(call, entries, heads, rows, columns)
     return None if visible is None else visible.to(call.compute_dtype)
+
+
+def _l1_row_scale(w: Tensor) -> Tensor:
+    """Returns r_i, (b, h, i, 1); 0 where all w are: dO / ε would overflow."""
+    total = w.abs().sum(-1, keepdim=True)
+    return torch.where(total > 0.0, 1.0 / (EPSILON + total), 0.0)
 
 
 def _fixed_row_scale(call: Call, visible: Tensor | None) -> Tensor | float:

@@ -1,6 +1,12 @@
 """`polyattn::attention`, the one operator behind which the fused backends run: schema, fake tensors, autograd.
 
-Its arguments are the fields of `Call` in order, then the backend's name.
+Its arguments are the fields of `Call` in order, then the backend's name. A backend is a module with
+
+    forward(call) -> (output, row_scale)
+    backward(grad_output, output, row_scale, call) -> gradients of query, key, value, coefficients and center
+
+where row_scale, float32 (B, H, Tq) or float64 for float64 inputs, holds r_i of normalizer l1, 0 where all w are.
+The other normalizers need neither it nor the output in backward: there both have shape (0,).
 """
 
 from __future__ import annotations
@@ -13,16 +19,20 @@ from torch import Tensor
 from .backends import BACKENDS
 from .call import Call
 
-_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? mask, Tensor? center, "
-_SETTINGS = (
-    "Tensor? radius, Tensor? seed, bool causal, SymInt? window, float scaling, SymInt power, str normalizer, "
-    "bool clamp, float dropout, str backend"
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? mask, Tensor? ranges, Tensor? center, "
+    "Tensor? radius, Tensor? seed, "
 )
+_SETTINGS = (
+    "bool causal, SymInt? window, float scaling, SymInt power, str normalizer, bool clamp, bool monomial, "
+    "float dropout, str backend"
+)
+_NORMALIZER, _CENTER, _TENSOR_COUNT = 13, 6, 9
 
 
-@torch.library.custom_op("polyattn::attention", mutates_args=(), schema=f"({_TENSORS}{_SETTINGS}) -> Tensor")
-def attention(*arguments: Any) -> Tensor:
-    """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype."""
+@torch.library.custom_op("polyattn::attention", mutates_args=(), schema=f"({_TENSORS}{_SETTINGS}) -> (Tensor, Tensor)")
+def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale that backward needs."""
     *call, backend = arguments
     return BACKENDS[backend].load().forward(Call(*call))  # type: ignore[no-any-return]
 
@@ -30,37 +40,48 @@ def attention(*arguments: Any) -> Tensor:
 @torch.library.custom_op(
     "polyattn::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, {_TENSORS}{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=(
+        f"(Tensor grad_output, Tensor output, Tensor row_scale, {_TENSORS}{_SETTINGS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
-def attention_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def attention_backward(grad_output: Tensor, output: Tensor, row_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of query, key, value, coefficients and center (of shape (0,) if there is none)."""
     *call, backend = arguments
-    return BACKENDS[backend].load().backward(grad_output, Call(*call))  # type: ignore[no-any-return]
+    return BACKENDS[backend].load().backward(grad_output, output, row_scale, Call(*call))  # type: ignore[no-any-return]
 
 
 @attention.register_fake
-def _(*arguments: Any) -> Tensor:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = arguments
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))  # type: ignore[no-any-return]
+    output = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    l1 = arguments[_NORMALIZER] == "l1"
+    return output, query.new_empty(query.shape[:3] if l1 else (0,), dtype=dtype)
 
 
 @attention_backward.register_fake
-def _(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    query, key, value, coefficients, _, center, *_ = arguments
+def _(grad_output: Tensor, output: Tensor, row_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    query, key, value, coefficients, *_ = arguments
+    center = arguments[_CENTER]
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value, coefficients)]
     return (*grads, coefficients.new_empty((0,)) if center is None else center.new_empty(center.shape))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.settings = inputs[8:]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    attended, row_scale = output
+    if inputs[_NORMALIZER] != "l1":  # nothing kept alive that backward does not need
+        attended = row_scale
+    ctx.save_for_backward(*inputs[:_TENSOR_COUNT], attended, row_scale)
+    ctx.settings = inputs[_TENSOR_COUNT:]
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # activation checkpointing recomputes them and hands them out once
-    *grads, grad_center = attention_backward(grad_output, *tensors, *ctx.settings)
-    has_center = tensors[5] is not None
-    return (*grads, None, grad_center if has_center else None, *(None,) * (2 + len(ctx.settings)))
+def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, output, row_scale = ctx.saved_tensors  # activation checkpointing hands them out once
+    *grads, grad_center = attention_backward(grad_output, output, row_scale, *tensors, *ctx.settings)
+    none = (None,) * (_TENSOR_COUNT + len(ctx.settings))
+    center = None if tensors[_CENTER] is None else grad_center
+    return (*grads, *none[len(grads) : _CENTER], center, *none[_CENTER + 1 :])
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,9 +1,11 @@
-"""Which keys a query row may see."""
+"""Which keys a query row may see: a band and a range of keys a row cost O(T), a dense mask is the general case."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .call import Call
 
 
 def band(
@@ -32,3 +34,45 @@ def key_slice(queries: slice, k_len: int, causal: bool, window: int | None) -> s
         start = max(start, queries.start - window + 1)
         stop = min(stop, queries.stop - 1 + window)
     return slice(min(start, k_len), max(min(start, k_len), stop))
+
+
+def within(ranges: Tensor, keys: slice) -> Tensor:
+    """Returns the bool (B or 1, 1, Tq or 1, keys) pattern start <= j < stop of ranges (B or 1, Tq or 1, 2)."""
+    j = torch.arange(keys.start, keys.stop, device=ranges.device)
+    start, stop = ranges[:, None, :, None].unbind(-1)
+    return (start <= j) & (j < stop)
+
+
+def pattern(call: Call, entries: slice, heads: slice, rows: slice, columns: slice) -> Tensor | None:
+    """Returns what a part of the query rows may see of a part of the keys; None where that is all.
+
+    Returns:
+        bool, broadcastable to (entries, heads, rows, columns), of the band, the ranges and the mask together.
+    """
+    visible = band(rows, columns, call.causal, call.window, call.query.device)
+    if call.ranges is not None:
+        inside = within(_part(call.ranges, entries, rows, slice(None)), columns)
+        visible = inside if visible is None else inside & visible
+    if call.mask is not None:
+        mask = _part(call.mask, entries, heads, rows, columns)
+        visible = mask if visible is None else mask & visible
+    return visible
+
+
+def _part(tensor: Tensor, *parts: slice) -> Tensor:
+    """Slices a tensor, but not the dimensions that it broadcasts."""
+    return tensor[tuple(p if size > 1 else slice(None) for p, size in zip(parts, tensor.shape, strict=True))]
+
+
+def packed_ranges(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Returns the ranges (1, T, 2), int32, of sequences packed one after another: each row sees its own sequence.
+
+    Args:
+        cu_seqlens: int (sequences + 1), where each sequence starts, from 0 up to at most `length`; rows beyond
+            the last one see nothing.
+        length: T, static.
+    """
+    rows = torch.arange(length, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, rows, right=True)
+    stops = torch.cat([cu_seqlens, cu_seqlens[-1:]])
+    return torch.stack([stops[sequence - 1], stops[sequence]], dim=-1)[None].to(torch.int32)

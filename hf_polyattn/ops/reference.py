@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .call import EPSILON, ROW_EXPONENTS, Call
 from .dropout import dropout_scale
-from .masks import band
+from .masks import pattern
 
 
 def attention(call: Call) -> tuple[Tensor, Tensor]:
@@ -41,9 +41,7 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
         p = torch.zeros_like(t) + c[:, -1]
         for k in range(c.shape[1] - 2, -1, -1):
             p = p * t + c[:, k]
-        visible = band(slice(0, q_len), slice(0, k_len), call.causal, call.window, device)
-        if call.mask is not None:
-            visible = call.mask if visible is None else call.mask & visible
+        visible = pattern(call, slice(0, batch), slice(0, heads), slice(0, q_len), slice(0, k_len))
         if visible is not None:  # before the power: a hidden p^s that overflows would make the gradient NaN
             p = p.masked_fill(~visible, 0.0)
         w = p
