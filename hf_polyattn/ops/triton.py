@@ -56,38 +56,51 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call
+    grad_output: Tensor,
+    output: Tensor,
+    row_scale: Tensor,
+    call: Call,
+    *,
+    coefficients_grad: bool,
+    center_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none)."""
+    """Returns the gradients of query, key, value, coefficients and center, as `library` says."""
+    center_grad = center_grad and call.center is not None
     batch, heads, q_len, _ = call.query.shape
     groups, k_len = call.key.shape[1:3]
-    grad_query, grad_key, grad_value, grad_coefficients = (
+    grad_query, grad_key, grad_value = (
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in (call.query, call.key, call.value, call.coefficients)
+        for tensor in (call.query, call.key, call.value)
     )
-    has_center, l1 = call.center is not None, call.normalizer == "l1"
-    grad_center = call.query.new_empty((batch, heads, q_len) if has_center else (0,), dtype=torch.float32)
-    grads = (grad_query, grad_key, grad_value, grad_coefficients, grad_center)
+    grad_coefficients = torch.zeros_like(call.coefficients, memory_format=torch.contiguous_format)
+    grad_center = grad_coefficients.new_zeros((0,) if call.center is None else call.center.shape, dtype=torch.float32)
+    center_dtype = call.coefficients.dtype if call.center is None else call.center.dtype
     if grad_output.numel() == 0 or k_len == 0:
-        return _like_operands(call, *(grad.zero_() for grad in grads))
+        grads = (grad_query.zero_(), grad_key.zero_(), grad_value.zero_())
+        return (*grads, grad_coefficients, grad_center.to(center_dtype))
 
     tuned = _configuration("grad_query", call)
     static = _static(call, tuned)
-    blocks = _blocks(q_len, static.block_m)
-    degree = static.degree
-    moments = grad_center.new_empty((batch, heads, blocks, 1 if call.monomial else degree + 1))
-    delta = torch.empty_like(row_scale)
-    scales = row_scale if l1 else _counted_scale(call, static, tuned)
+    programs = _blocks(q_len, static.block_m) * heads * batch
     query, key, value = (_operand(tensor) for tensor in (call.query, call.key, call.value))
     rows = _operand(grad_output.transpose(1, 2))
     shared = (_scores(call), _visibility(call), _dropout(call), heads, heads // groups)
+    delta, scales = None, _counted_scale(call, static, tuned)
+    if call.normalizer == "l1":
+        delta, scales = torch.empty_like(row_scale), row_scale
+        _launch(
+            kernels.delta_kernel, programs, call, tuned,
+            query, key, value, rows, _operand(output.transpose(1, 2)), delta, scales, *shared,
+            EXACT=coefficients_grad or center_grad, S=static,
+        )  # fmt: skip
+    moments = grad_center.new_empty((batch, heads, _blocks(q_len, static.block_m), 1 if call.monomial else static.degree + 1))
     _launch(
-        kernels.grad_query_kernel, blocks * heads * batch, call, tuned,
-        query, key, value, rows, _operand(output.transpose(1, 2)) if l1 else None, _operand(grad_query), scales, delta,
-        moments, grad_center, *shared, MOMENTS=True, S=static,
+        kernels.grad_query_kernel, programs, call, tuned,
+        query, key, value, rows, _operand(grad_query), scales, delta, moments, grad_center, *shared,
+        MOMENTS=coefficients_grad, SHIFT=center_grad, S=static,
     )  # fmt: skip
-    grad_coefficients.zero_()
-    grad_coefficients[:, degree + 1 - moments.shape[-1] :] = moments.sum((0, 2))
+    if coefficients_grad:
+        grad_coefficients[:, -moments.shape[-1] :] = moments.sum((0, 2))
 
     tuned = _configuration("grad_key_value", call)
     static = _static(call, tuned)
@@ -95,7 +108,7 @@ def backward(
         kernels.grad_key_value_kernel, _blocks(k_len, static.block_n) * groups * batch, call, tuned,
         query, key, value, rows, _operand(grad_key), _operand(grad_value), scales, delta, *shared, S=static,
     )  # fmt: skip
-    return _like_operands(call, *grads)
+    return grad_query, grad_key, grad_value, grad_coefficients, grad_center.to(center_dtype)
 
 
 def _decode(call: Call, out: Tensor, row_scale: Tensor) -> None:
@@ -127,7 +140,7 @@ def _decode(call: Call, out: Tensor, row_scale: Tensor) -> None:
 
 def _counted_scale(call: Call, static: Static, tuned: Configuration) -> Tensor | None:
     """Returns r_i (B, H, Tq) of a fixed normalizer under a dense mask, whose visible keys must be counted; else None."""
-    if call.mask is None:
+    if call.mask is None or call.normalizer == "l1":
         return None
     batch, heads, q_len, _ = call.query.shape
     row_scale = call.query.new_empty((batch, heads, q_len), dtype=torch.float32)
@@ -145,12 +158,6 @@ def _launch(
         kernel[(programs,)](
             *arguments, **static, num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True
         )
-
-
-def _like_operands(call: Call, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *grads_of_operands, grad_center = grads
-    center = call.coefficients if call.center is None else call.center
-    return (*grads_of_operands, grad_center.to(center.dtype))  # type: ignore[return-value]
 
 
 def _configuration(kernel: str, call: Call) -> Configuration:

@@ -680,9 +680,85 @@ def decode_sum_kernel(partial, totals, out, row_scale, q_len, heads, repeats, sp
 
 
 @triton.jit
+def _delta_block(
+    total, start, q, do, key, value, a, b, c, low, high, mask_rows, words, scores, visibility, dropout,
+    MASKED: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys start..start + block_n to the sum of w·g."""
+    even: tl.constexpr = S.k_even or not MASKED
+    k = _load(key[0], key[1], start, visibility.k_len, S.block_n, S.head_chunks, S.head_dim, even)
+    v = _load(value[0], value[1], start, visibility.k_len, S.block_n, S.value_chunks, S.value_dim, even)
+    w = _weights(_argument(_product(q, k, len(S.head_chunks), S), a, b, scores, S), c, S)
+    columns = (start + tl.arange(0, S.block_n))[None, :]
+    if MASKED:
+        w = tl.where(_visible(low, high, mask_rows, columns, visibility), w, 0.0)
+    w = _drop(w, words, columns, dropout)
+    return total + tl.sum(w * _product(do, v, len(S.value_chunks), S), 1)
+
+
+@triton.jit
+def delta_kernel(
+    query, key, value, grad_out, out, delta, row_scale, scores, visibility, dropout, heads, repeats,
+    EXACT: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Writes δ_i of l1, (B, H, Tq), without the scale of dropout, and with the sign of w's factor.
+
+    Grid: as `forward_kernel`. dO·O serves dQ, dK and dV; the gradients of the coefficients and of the center are sums
+    in which most cancels (l1 does not change with the scale of p, and hardly with the center if p^s is near exp), and
+    the rounding of O and of the forward's w would be all that remains. EXACT sums float32 w·g for them.
+    """
+    block, head, entry = _program(visibility.q_len, heads, S.block_m)
+    if S.causal:
+        block = tl.cdiv(visibility.q_len, S.block_m) - 1 - block
+    first = block * S.block_m
+    rows = tl.minimum(first + tl.arange(0, S.block_m), visibility.q_len - 1)
+    c = _coefficients(scores, head, S)
+    inverse_radius = _inverse_radius(scores, head)
+    a = scores.scaling * inverse_radius
+    factor = _factor(c, a, S)
+    scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
+    do = _load(
+        _base(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim,
+        S.q_even,
+    )  # fmt: skip
+    if EXACT:
+        low, high = _interval(visibility, entry, rows, S)
+        mask_rows = _mask_rows(visibility, entry, head, rows)[:, None]
+        words = _row_words(dropout, visibility, entry, head, heads, rows)[:, None]
+        b = _offset(scores, entry, head, rows, inverse_radius)[:, None]
+        q = _load(
+            _base(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_chunks, S.head_dim,
+            S.q_even,
+        )  # fmt: skip
+        k = (_base(key, entry, head // repeats), key.row)
+        v = (_base(value, entry, head // repeats), value.row)
+        total = tl.zeros((S.block_m,), tl.float32)
+        begin, end, whole, stop = _key_blocks(low, high, visibility, S)
+        for start in tl.range(whole, stop, S.block_n):
+            total = _delta_block(
+                total, start, q, do, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores,
+                visibility, dropout, False, S,
+            )  # fmt: skip
+        if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None or not S.k_even:
+            for start in tl.range(begin, end - (stop - whole), S.block_n):
+                at = start + tl.where(start >= whole, stop - whole, 0)
+                total = _delta_block(
+                    total, at, q, do, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores,
+                    visibility, dropout, True, S,
+                )  # fmt: skip
+        total *= tl.load(row_scale + scales) * tl.abs(factor)
+    else:
+        o = _load(
+            _base(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim, S.q_even
+        )
+        total = _row_dots(do, o, len(S.value_chunks)) * tl.where(factor < 0.0, -1.0, 1.0) / _keep_scale(dropout)
+    tl.store(delta + scales, total, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
+
+
+@triton.jit
 def _grad_query_block(
     sums, moments, shift, start, q, do, key, value, a, b, c, delta, low, high, mask_rows, words, scores, visibility,
-    dropout, MOMENTS: tl.constexpr, MASKED: tl.constexpr, S: tl.constexpr,
+    dropout, MOMENTS: tl.constexpr, SHIFT: tl.constexpr, MASKED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys start..start + block_n to the sums of dt·k, dp·t^k and dt."""
     even: tl.constexpr = S.k_even or not MASKED
@@ -712,20 +788,20 @@ def _grad_query_block(
         moments = added
     if S.clamp:
         dt = tl.where(tl.abs(t) < 1.0, dt, 0.0)
-    if scores.center is not None:
+    if SHIFT:
         shift += tl.sum(dt, 1)
     return _accumulate(sums, dt, k, len(S.head_chunks), S), moments, shift
 
 
 @triton.jit
 def grad_query_kernel(
-    query, key, value, grad_out, out, grad_query, row_scale, delta, partial_moments, grad_center, scores, visibility,
-    dropout, heads, repeats, MOMENTS: tl.constexpr, S: tl.constexpr,
+    query, key, value, grad_out, grad_query, row_scale, delta, partial_moments, grad_center, scores, visibility,
+    dropout, heads, repeats, MOMENTS: tl.constexpr, SHIFT: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Computes dQ of block_m rows of one head, and what sums over the keys of a row.
+    """Computes dQ of block_m rows of one head, and what else sums over the keys of a row.
 
-    Grid: as `forward_kernel`. Writes δ (B, H, Tq) for l1, the coefficients' gradient over these rows (B, H, blocks,
-    P + 1; of a monomial only c_P's), and the center's (B, H, Tq). Sums are float32.
+    Grid: as `forward_kernel`. With MOMENTS writes the coefficients' gradient over these rows (B, H, blocks, P + 1;
+    of a monomial only c_P's), with SHIFT the center's (B, H, Tq). Sums are float32.
     """
     block, head, entry = _program(visibility.q_len, heads, S.block_m)
     if S.causal:
@@ -739,7 +815,6 @@ def grad_query_kernel(
     inverse_radius = _inverse_radius(scores, head)
     a = scores.scaling * inverse_radius
     b = _offset(scores, entry, head, rows, inverse_radius)[:, None]
-    factor = _factor(c, a, S)
 
     q = _load(
         _base(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_chunks, S.head_dim, S.q_even
@@ -749,15 +824,10 @@ def grad_query_kernel(
         S.q_even,
     )  # fmt: skip
     scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
-    keep_scale = _keep_scale(dropout)
     delta_rows = tl.zeros((S.block_m, 1), tl.float32)
     if S.normalizer == "l1":
-        o = _load(
-            _base(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim, S.q_even
-        )
-        row_delta = _row_dots(do, o, len(S.value_chunks)) / keep_scale * tl.where(factor < 0.0, -1.0, 1.0)
-        tl.store(delta + scales, row_delta, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
-        delta_rows = row_delta[:, None]
+        inside = first + tl.arange(0, S.block_m) < visibility.q_len
+        delta_rows = tl.load(delta + scales, mask=inside, other=0.0)[:, None]
 
     k = (_base(key, entry, head // repeats), key.row)
     v = (_base(value, entry, head // repeats), value.row)
@@ -771,27 +841,27 @@ def grad_query_kernel(
     for start in tl.range(whole, stop, S.block_n):
         sums, moments, shift = _grad_query_block(
             sums, moments, shift, start, q, do, k, v, a, b, c, delta_rows, low[:, None], high[:, None], mask_rows,
-            words, scores, visibility, dropout, MOMENTS, False, S,
+            words, scores, visibility, dropout, MOMENTS, SHIFT, False, S,
         )  # fmt: skip
     if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None or not S.k_even:
         for start in tl.range(begin, end - (stop - whole), S.block_n):
             at = start + tl.where(start >= whole, stop - whole, 0)
             sums, moments, shift = _grad_query_block(
                 sums, moments, shift, at, q, do, k, v, a, b, c, delta_rows, low[:, None], high[:, None], mask_rows,
-                words, scores, visibility, dropout, MOMENTS, True, S,
+                words, scores, visibility, dropout, MOMENTS, SHIFT, True, S,
             )  # fmt: skip
 
     if S.normalizer == "l1" or visibility.mask is not None:
         scale = tl.load(row_scale + scales)
     else:
         scale = _row_scale(low, high, S)
-    scale *= keep_scale
+    scale *= _keep_scale(dropout)
     slope = _slope_factor(c, a, S)
     _store(
         _times(sums, scale * slope, len(S.head_chunks)), _base(grad_query, entry, head), grad_query.row, first,
         visibility.q_len, S.block_m, S.head_chunks, S.head_dim,
     )  # fmt: skip
-    if scores.center is not None:
+    if SHIFT:
         inside = first + tl.arange(0, S.block_m) < visibility.q_len
         tl.store(grad_center + scales, shift * scale * slope * (-1.0 / scores.scaling), mask=inside)
     if MOMENTS:
