@@ -151,13 +151,14 @@ def _counted_scale(call: Call, static: Static, tuned: Configuration) -> Tensor |
     return row_scale
 
 
-def _launch(
-    kernel: Any, programs: int, call: Call, tuned: Configuration, *arguments: Any, **static: Any
-) -> None:
+def _launch(kernel: Any, programs: int, call: Call, tuned: Configuration, *arguments: Any, **static: Any) -> None:
     with torch.cuda.device(call.query.device) if call.query.is_cuda else nullcontext():
-        kernel[(programs,)](
-            *arguments, **static, num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True
-        )
+        kernel[(programs,)](*arguments, **static, **compile_options(tuned))
+
+
+def compile_options(tuned: Configuration) -> dict[str, Any]:
+    """Returns what Triton's compiler is told beside the arguments. Its default for fused multiply-adds varies."""
+    return {"num_warps": tuned.num_warps, "num_stages": tuned.num_stages, "enable_fp_fusion": True}
 
 
 def _configuration(kernel: str, call: Call) -> Configuration:

@@ -129,15 +129,15 @@ def _load(base, stride, start, limit, ROWS: tl.constexpr, CHUNKS: tl.constexpr, 
     for chunk in tl.static_range(len(CHUNKS)):
         columns = CHUNKS[chunk][0] + tl.arange(0, CHUNKS[chunk][1])
         pointers = base + (rows[:, None] * stride + columns[None, :])
-        inside_columns: tl.constexpr = CHUNKS[chunk][0] + CHUNKS[chunk][1] <= DIM
-        if EVEN and inside_columns:
-            tile = tl.load(pointers)
-        elif inside_columns:
-            tile = tl.load(pointers, mask=(start + rows)[:, None] < limit, other=0.0)
+        if CHUNKS[chunk][0] + CHUNKS[chunk][1] > DIM:
+            inside = columns[None, :] < DIM
+            if not EVEN:
+                inside &= (start + rows)[:, None] < limit
+            tile = tl.load(pointers, mask=inside, other=0.0)
         elif EVEN:
-            tile = tl.load(pointers, mask=columns[None, :] < DIM, other=0.0)
+            tile = tl.load(pointers)
         else:
-            tile = tl.load(pointers, mask=((start + rows)[:, None] < limit) & (columns[None, :] < DIM), other=0.0)
+            tile = tl.load(pointers, mask=(start + rows)[:, None] < limit, other=0.0)
         tiles = tiles + (tile,)
     return tiles
 
@@ -287,14 +287,26 @@ def _horner(t, c, S: tl.constexpr):
 
 
 @triton.jit
-def _slope(t, c, S: tl.constexpr):
-    """Returns p'(t)."""
-    if S.degree == 1:
-        p = t * 0.0 + c[1]
+def _slopes(c, a, S: tl.constexpr):
+    """Returns the coefficients of a·p'(t); of a monomial the factor that rows carry."""
+    if S.monomial:
+        slopes = (S.degree * c[0] * (_power(a, S.degree) if S.fold else a),)
     else:
-        p = (S.degree * c[S.degree]) * t + (S.degree - 1) * c[S.degree - 1]
-        for k in tl.static_range(S.degree - 2, 0, -1):
-            p = p * t + k * c[k]
+        slopes = ()
+        for k in tl.static_range(1, S.degree + 1):
+            slopes = slopes + (k * a * c[k],)
+    return slopes
+
+
+@triton.jit
+def _slope(t, slopes, S: tl.constexpr):
+    """Returns a·p'(t)."""
+    if S.degree == 1:
+        p = t * 0.0 + slopes[0]
+    else:
+        p = slopes[S.degree - 1] * t + slopes[S.degree - 2]
+        for k in tl.static_range(S.degree - 3, -1, -1):
+            p = p * t + slopes[k]
     return p
 
 
@@ -324,25 +336,15 @@ def _factor(c, a, S: tl.constexpr):
 
 
 @triton.jit
-def _slope_factor(c, a, S: tl.constexpr):
-    """Returns the factor of a·dt that rows carry: a, and of a monomial P c_P."""
-    factor = a
-    if S.monomial:
-        factor = S.degree * c[0]
-        factor *= _power(a, S.degree) if S.fold else a
-    return factor
-
-
-@triton.jit
-def _derivatives(t, c, S: tl.constexpr):
-    """Returns w over `_factor`, dw/dp, and dp/dt over that of a monomial's P c_P."""
+def _derivatives(t, c, slopes, S: tl.constexpr):
+    """Returns w over `_factor`, dw/dp, and a·dp/dt, of a monomial over its only slope."""
     if S.monomial:
         inner = _power(t, S.degree - 1)
         p = inner * t
         if S.squarings > 0:
             p *= c[0]
     else:
-        inner = _slope(t, c, S)
+        inner = _slope(t, slopes, S)
         p = _horner(t, c, S)
     w = p
     outer = p
@@ -636,8 +638,8 @@ def decode_kernel(
             dropout, True, S,
         )  # fmt: skip
         if S.normalizer == "rsqrt" or S.normalizer == "mean":
-            columns = (start + tl.arange(0, S.block_n))[None, :]
-            visible = _visible(low[:, None], high[:, None], mask_rows, columns, visibility)
+            keys = (start + tl.arange(0, S.block_n))[None, :]
+            visible = _visible(low[:, None], high[:, None], mask_rows, keys, visibility)
             total += tl.sum(visible.to(tl.float32), 1)
 
     factor = tl.reshape(_factor(c, a, S), (S.block_m,))
@@ -757,7 +759,7 @@ def delta_kernel(
 
 @triton.jit
 def _grad_query_block(
-    sums, moments, shift, start, q, do, key, value, a, b, c, delta, low, high, mask_rows, words, scores, visibility,
+    sums, moments, shift, start, q, do, key, value, a, b, c, slopes, delta, low, high, mask_rows, words, scores, visibility,
     dropout, MOMENTS: tl.constexpr, SHIFT: tl.constexpr, MASKED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys start..start + block_n to the sums of dt·k, dp·t^k and dt."""
@@ -770,7 +772,7 @@ def _grad_query_block(
     if MASKED:  # t too: what is hidden may overflow
         visible = _visible(low, high, mask_rows, columns, visibility)
         t = tl.where(visible, t, 0.0)
-    w, outer, inner = _derivatives(t, c, S)
+    w, outer, inner = _derivatives(t, c, slopes, S)
     dw = _minus_sign(_drop(dw, words, columns, dropout), w, delta, S)
     if MASKED:
         dw = tl.where(visible, dw, 0.0)
@@ -815,6 +817,7 @@ def grad_query_kernel(
     inverse_radius = _inverse_radius(scores, head)
     a = scores.scaling * inverse_radius
     b = _offset(scores, entry, head, rows, inverse_radius)[:, None]
+    slopes = _slopes(c, a, S)
 
     q = _load(
         _base(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_chunks, S.head_dim, S.q_even
@@ -840,15 +843,15 @@ def grad_query_kernel(
     begin, end, whole, stop = _key_blocks(low, high, visibility, S)
     for start in tl.range(whole, stop, S.block_n):
         sums, moments, shift = _grad_query_block(
-            sums, moments, shift, start, q, do, k, v, a, b, c, delta_rows, low[:, None], high[:, None], mask_rows,
-            words, scores, visibility, dropout, MOMENTS, SHIFT, False, S,
+            sums, moments, shift, start, q, do, k, v, a, b, c, slopes, delta_rows, low[:, None],
+            high[:, None], mask_rows, words, scores, visibility, dropout, MOMENTS, SHIFT, False, S,
         )  # fmt: skip
     if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None or not S.k_even:
         for start in tl.range(begin, end - (stop - whole), S.block_n):
             at = start + tl.where(start >= whole, stop - whole, 0)
             sums, moments, shift = _grad_query_block(
-                sums, moments, shift, at, q, do, k, v, a, b, c, delta_rows, low[:, None], high[:, None], mask_rows,
-                words, scores, visibility, dropout, MOMENTS, SHIFT, True, S,
+                sums, moments, shift, at, q, do, k, v, a, b, c, slopes, delta_rows, low[:, None],
+                high[:, None], mask_rows, words, scores, visibility, dropout, MOMENTS, SHIFT, True, S,
             )  # fmt: skip
 
     if S.normalizer == "l1" or visibility.mask is not None:
@@ -856,14 +859,17 @@ def grad_query_kernel(
     else:
         scale = _row_scale(low, high, S)
     scale *= _keep_scale(dropout)
-    slope = _slope_factor(c, a, S)
+    if S.monomial:
+        slope_scale = scale * slopes[0]
+    else:
+        slope_scale = scale
     _store(
-        _times(sums, scale * slope, len(S.head_chunks)), _base(grad_query, entry, head), grad_query.row, first,
+        _times(sums, slope_scale, len(S.head_chunks)), _base(grad_query, entry, head), grad_query.row, first,
         visibility.q_len, S.block_m, S.head_chunks, S.head_dim,
     )  # fmt: skip
     if SHIFT:
         inside = first + tl.arange(0, S.block_m) < visibility.q_len
-        tl.store(grad_center + scales, shift * scale * slope * (-1.0 / scores.scaling), mask=inside)
+        tl.store(grad_center + scales, shift * slope_scale * (-1.0 / scores.scaling), mask=inside)
     if MOMENTS:
         blocks = tl.cdiv(visibility.q_len, S.block_m)
         part = (entry.to(tl.int64) * heads + head) * blocks + block
@@ -921,7 +927,7 @@ def _query_blocks(visibility, entry, first_key, last_key, S: tl.constexpr):
 
 @triton.jit
 def _grad_key_value_block(
-    key_sums, value_sums, start, k, v, query, grad_out, row_scale, delta, scales, a, c, inverse_radius, first_key,
+    key_sums, value_sums, start, k, v, query, grad_out, row_scale, delta, scales, a, c, slopes, inverse_radius, first_key,
     entry, head, heads, scores, visibility, dropout, MASKED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Adds the query rows start..start + block_m of one head to the sums of dS·q and r w·dO."""
@@ -941,31 +947,35 @@ def _grad_key_value_block(
         row_delta = tl.load(delta + scales + rows)[None, :]
 
     t = _argument(_product(k, q, len(S.head_chunks), S), a, b, scores, S)
-    dw = _product(v, do, len(S.value_chunks), S)
     if MASKED:
         mask_rows = _mask_rows(visibility, entry, head, rows)[None, :]
         visible = _visible(low[None, :], high[None, :], mask_rows, columns, visibility)
         t = tl.where(visible, t, 0.0)
-    words = _row_words(dropout, visibility, entry, head, heads, rows)[None, :]
-    w, outer, inner = _derivatives(t, c, S)
-    dw = _minus_sign(_drop(dw, words, columns, dropout), w, row_delta, S)
-    if S.fold:  # r c a^P goes with x^(P−1), which makes both w and dt; P remains for the end
-        inner *= scale * _factor(c, a, S)
-        w = inner * t
-        dt = dw * inner
-    else:
-        w *= scale * _factor(c, a, S)
-        dw *= scale * _slope_factor(c, a, S)
-        if S.squarings > 0:
-            dw *= outer
-        dt = dw * inner
+    w, outer, slope = _derivatives(t, c, slopes, S)
+    if S.squarings > 0:
+        slope *= outer
+    if S.clamp:
+        slope = tl.where(tl.abs(t) < 1.0, slope, 0.0)
     if MASKED:
         w = tl.where(visible, w, 0.0)
-        dt = tl.where(visible, dt, 0.0)
-    if S.clamp:
-        dt = tl.where(tl.abs(t) < 1.0, dt, 0.0)
-    w = _drop(w, words, columns, dropout)
-    value_sums = _accumulate(value_sums, w, do, len(S.value_chunks), S)
+        slope = tl.where(visible, slope, 0.0)
+    if S.fold:  # r c a^P goes with x^(P−1), which makes both w and dt; P remains for the end
+        slope *= scale * _factor(c, a, S)
+        weights = slope * t
+    else:
+        weights = w * (scale * _factor(c, a, S))
+    words = _row_words(dropout, visibility, entry, head, heads, rows)[None, :]
+    value_sums = _accumulate(value_sums, _drop(weights, words, columns, dropout), do, len(S.value_chunks), S)
+
+    # Only now, so that fewer tiles are alive at a time.
+    dw = _product(v, do, len(S.value_chunks), S)
+    dw = _minus_sign(_drop(dw, words, columns, dropout), w, row_delta, S)
+    if S.fold:
+        dt = dw * slope
+    elif S.monomial:
+        dt = dw * (scale * slopes[0]) * slope
+    else:
+        dt = dw * scale * slope
     key_sums = _accumulate(key_sums, dt, q, len(S.head_chunks), S)
     return key_sums, value_sums
 
@@ -998,20 +1008,21 @@ def grad_key_value_kernel(
         c = _coefficients(scores, head, S)
         inverse_radius = _inverse_radius(scores, head)
         a = scores.scaling * inverse_radius
+        slopes = _slopes(c, a, S)
         q = (_base(query, entry, head), query.row)
         do = (_base(grad_out, entry, head), grad_out.row)
         scales = (entry.to(tl.int64) * heads + head) * visibility.q_len
         for start in tl.range(whole, stop, S.block_m):
             key_sums, value_sums = _grad_key_value_block(
-                key_sums, value_sums, start, k, v, q, do, row_scale, delta, scales, a, c, inverse_radius, first_key,
-                entry, head, heads, scores, visibility, dropout, False, S,
+                key_sums, value_sums, start, k, v, q, do, row_scale, delta, scales, a, c, slopes, inverse_radius,
+                first_key, entry, head, heads, scores, visibility, dropout, False, S,
             )  # fmt: skip
         if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None:
             for start in tl.range(begin, end - (stop - whole), S.block_m):
                 at = start + tl.where(start >= whole, stop - whole, 0)
                 key_sums, value_sums = _grad_key_value_block(
-                    key_sums, value_sums, at, k, v, q, do, row_scale, delta, scales, a, c, inverse_radius,
-                    first_key, entry, head, heads, scores, visibility, dropout, True, S,
+                    key_sums, value_sums, at, k, v, q, do, row_scale, delta, scales, a, c, slopes,
+                    inverse_radius, first_key, entry, head, heads, scores, visibility, dropout, True, S,
                 )  # fmt: skip
     if S.fold:
         key_sums = _times(key_sums, tl.zeros((S.block_n,), tl.float32) + S.degree, len(S.head_chunks))
