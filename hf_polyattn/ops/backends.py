@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -81,7 +80,6 @@ def _triton_why_not(problem: Problem) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _triton_missing() -> str | None:
     """Returns why Triton cannot run on this machine, or None."""
     try:

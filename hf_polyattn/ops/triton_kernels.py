@@ -962,20 +962,18 @@ def _grad_key_value_block(
     if S.fold:  # r c a^P goes with x^(P−1), which makes both w and dt; P remains for the end
         slope *= scale * _factor(c, a, S)
         weights = slope * t
-    else:
+    elif S.monomial:
+        slope *= scale * slopes[0]
         weights = w * (scale * _factor(c, a, S))
+    else:
+        slope *= scale
+        weights = w * scale
     words = _row_words(dropout, visibility, entry, head, heads, rows)[None, :]
     value_sums = _accumulate(value_sums, _drop(weights, words, columns, dropout), do, len(S.value_chunks), S)
 
     # Only now, so that fewer tiles are alive at a time.
     dw = _product(v, do, len(S.value_chunks), S)
-    dw = _minus_sign(_drop(dw, words, columns, dropout), w, row_delta, S)
-    if S.fold:
-        dt = dw * slope
-    elif S.monomial:
-        dt = dw * (scale * slopes[0]) * slope
-    else:
-        dt = dw * scale * slope
+    dt = _minus_sign(_drop(dw, words, columns, dropout), w, row_delta, S) * slope
     key_sums = _accumulate(key_sums, dt, q, len(S.head_chunks), S)
     return key_sums, value_sums
 
