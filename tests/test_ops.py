@@ -668,7 +668,8 @@ def test_operator_obeys_the_library_contract(settings: dict[str, Any], dtype: to
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
     output, row_scale = library.attention(*detached, "chunked")
     grad_output = torch.randn_like(output)
-    torch.library.opcheck(library.attention_backward, (grad_output, output, row_scale, True, True, *detached, "chunked"))
+    arguments = (grad_output, output, row_scale, True, True, *detached, "chunked")
+    torch.library.opcheck(library.attention_backward, arguments)
 
 
 def attend_causally(backend: str, *inputs: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def test_kernels_in_the_interpreter(part: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_backend_asked_for_without_a_gpu_says_what_it_needs() -> None:
-    with pytest.raises(BackendError, match="'triton' cannot run this call: it needs a CUDA device.*device cpu"):
+    with pytest.raises(BackendError, match=r"'triton' cannot run this call: it needs a CUDA device.*device cpu"):
         polynomial_attention(*operands(dtype=torch.float32), backend="triton")
 
 
@@ -55,16 +55,17 @@ def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypat
     device = torch.device("cuda", 0)
     tuning.configuration.cache_clear()
     shipped = tuning.shipped_tables()[90]
-    assert tuning.configuration("forward", torch.bfloat16, 80, device) == shipped["forward"]["bfloat16-128"]
+    assert tuning.configuration("forward", torch.bfloat16, 80, False, device) == shipped["forward"]["bfloat16-128"]
 
     own = Configuration(32, 16, 2, 1)
     path = tuning.write_table({"forward": {"bfloat16-128": own}}, "NVIDIA H200 (test)", tmp_path)
     assert path == tmp_path / "nvidia-h200-test.json"
     assert list(tmp_path.iterdir()) == [path]  # no partial file is left
-    assert tuning.configuration("forward", torch.bfloat16, 80, device) == own
-    assert tuning.configuration("forward", torch.bfloat16, 64, device) == shipped["forward"]["bfloat16-64"]
+    assert tuning.configuration("forward", torch.bfloat16, 80, False, device) == own
+    assert tuning.configuration("forward", torch.bfloat16, 64, False, device) == shipped["forward"]["bfloat16-64"]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     tuning.configuration.cache_clear()
-    assert tuning.configuration("decode", torch.float16, 64, device) == tuning.shipped_tables()[80]["decode"]["float16-64"]
+    older = tuning.shipped_tables()[80]["decode"]["float16-64"]
+    assert tuning.configuration("decode", torch.float16, 64, True, device) == older
     tuning.configuration.cache_clear()

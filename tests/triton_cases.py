@@ -71,7 +71,7 @@ def unordered(shape: Shape) -> Tensor:
 
 
 SPECS: dict[str, Case] = {
-    **{f"degree{degree}": Case(coefficients=degree) for degree in range(1, 9)},
+    **{f"degree{degree}": Case(constant(radius=2.0), degree) for degree in range(1, 9)},
     **{
         f"monomial{degree}": Case(constant(monomial=True, causal=True), monomial(degree, 0.7)) for degree in range(1, 9)
     },
@@ -116,7 +116,7 @@ MASKS: dict[str, Case] = {
     ),
 }
 SHAPES: dict[str, Case] = {
-    "one": Case(shape=(16, 2, 2, 1, 1)),
+    "one": Case(shape=(8, 2, 2, 1, 1)),
     "short": Case(shape=(8, 2, 2, 7, 5)),
     "grouped": Case(constant(causal=True), shape=(1, 6, 2, 33, 33)),
     "multi-query-l1": Case(lambda s: interval(s, normalizer="l1"), BUMP, (1, 4, 1, 20, 33)),
@@ -141,9 +141,7 @@ CASES = {**SPECS, **MASKS, **SHAPES, **DECODE}
 
 def inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> tuple[list[Tensor], dict[str, Any]]:
     degree = case.coefficients if isinstance(case.coefficients, int) else len(case.coefficients) - 1
-    tensors = operands(
-        case.shape, head_dim=case.dims[0], value_dim=case.dims[1], degree=degree, dtype=dtype, seed=seed
-    )
+    tensors = operands(case.shape, head_dim=case.dims[0], value_dim=case.dims[1], degree=degree, dtype=dtype, seed=seed)
     if not isinstance(case.coefficients, int):
         tensors[3] = torch.tensor(case.coefficients) * (1.0 + 0.1 * torch.arange(case.shape[1])[:, None])
     settings = case.settings(case.shape)

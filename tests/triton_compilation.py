@@ -27,7 +27,14 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel needs, and whether ptxas serialized its wgmma instructions."""
+    """What one compiled kernel needs.
+
+    Attributes:
+        spilled: bytes stored and loaded because registers did not suffice.
+        shared: bytes of shared memory of one program.
+        serialized: whether ptxas could not overlap wgmma instructions.
+        products: the instruction that multiplies matrices: tcgen05, wgmma, mma or fma.
+    """
 
     kernel: str
     configuration: Configuration
@@ -35,6 +42,7 @@ class Resources(NamedTuple):
     spilled: int
     shared: int
     serialized: bool
+    products: str
 
 
 class Device:
@@ -133,6 +141,7 @@ def compiling_for(
                 sum(map(int, spills[0])),
                 binary.metadata.shared,
                 "serialized" in log.getvalue(),
+                next((name for name in ("tcgen05", "wgmma", "mma") if f"{name}." in binary.asm["ptx"]), "fma"),
             )
         )
 

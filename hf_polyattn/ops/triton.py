@@ -1,4 +1,5 @@
-"""Backend `triton`: fused GPU kernels, forward and backward. This module lays out and launches `triton_kernels`.
+"""Backend `triton`: fused GPU kernels, forward and backward. This module lays out and launches `triton_forward` and
+`triton_backward`.
 
 Backward is deterministic: one kernel owns each dQ row, one each dK and dV row, and sums over blocks are added in a
 fixed order. It computes the weights again from q, k and the row scale; nothing of the size Tq × Tk is stored.
@@ -7,16 +8,15 @@ fixed order. It computes the weights again from q, k and the row scale; nothing 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import triton_backward, triton_forward
 from .call import Call
-from .triton_kernels import Dropout, Operand, Scores, Static, Visibility
+from .triton_blocks import Dropout, Operand, Scores, Static, Visibility
 from .tuning import Configuration, configuration
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,7 +48,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     static = _static(call, tuned)
     scales = row_scale if l1 else _counted_scale(call, static, tuned)
     _launch(
-        kernels.forward_kernel, _blocks(q_len, static.block_m) * heads * batch, call, tuned,
+        triton_forward.forward_kernel, _blocks(q_len, static.block_m) * heads * batch, call, tuned,
         _operand(call.query), _operand(call.key), _operand(call.value), _operand(out.transpose(1, 2)), scales,
         _scores(call), _visibility(call), _dropout(call), heads, repeats, S=static,
     )  # fmt: skip
@@ -89,13 +89,14 @@ def backward(
     if call.normalizer == "l1":
         delta, scales = torch.empty_like(row_scale), row_scale
         _launch(
-            kernels.delta_kernel, programs, call, tuned,
+            triton_backward.delta_kernel, programs, call, tuned,
             query, key, value, rows, _operand(output.transpose(1, 2)), delta, scales, *shared,
             EXACT=coefficients_grad or center_grad, S=static,
         )  # fmt: skip
-    moments = grad_center.new_empty((batch, heads, _blocks(q_len, static.block_m), 1 if call.monomial else static.degree + 1))
+    moment_count = 1 if call.monomial else static.degree + 1
+    moments = grad_center.new_empty((batch, heads, _blocks(q_len, static.block_m), moment_count))
     _launch(
-        kernels.grad_query_kernel, programs, call, tuned,
+        triton_backward.grad_query_kernel, programs, call, tuned,
         query, key, value, rows, _operand(grad_query), scales, delta, moments, grad_center, *shared,
         MOMENTS=coefficients_grad, SHIFT=center_grad, S=static,
     )  # fmt: skip
@@ -105,7 +106,7 @@ def backward(
     tuned = _configuration("grad_key_value", call)
     static = _static(call, tuned)
     _launch(
-        kernels.grad_key_value_kernel, _blocks(k_len, static.block_n) * groups * batch, call, tuned,
+        triton_backward.grad_key_value_kernel, _blocks(k_len, static.block_n) * groups * batch, call, tuned,
         query, key, value, rows, _operand(grad_key), _operand(grad_value), scales, delta, *shared, S=static,
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_coefficients, grad_center.to(center_dtype)
@@ -128,24 +129,24 @@ def _decode(call: Call, out: Tensor, row_scale: Tensor) -> None:
     totals = row_scale.new_empty((batch, groups, splits, static.block_m))
     partial = row_scale.new_empty((*totals.shape, static.value_dim))
     _launch(
-        kernels.decode_kernel, splits * groups * batch, call, tuned,
+        triton_forward.decode_kernel, splits * groups * batch, call, tuned,
         _operand(call.query), _operand(call.key), _operand(call.value), partial, totals, _scores(call),
         _visibility(call), _dropout(call), heads, repeats, split_keys, splits, S=static,
     )  # fmt: skip
     _launch(
-        kernels.decode_sum_kernel, q_len * heads * batch, call, Configuration(1, 1, 1, 1),
+        triton_forward.decode_sum_kernel, q_len * heads * batch, call, Configuration(1, 1, 1, 1),
         partial, totals, _operand(out.transpose(1, 2)), row_scale, q_len, heads, repeats, splits, S=static,
     )  # fmt: skip
 
 
 def _counted_scale(call: Call, static: Static, tuned: Configuration) -> Tensor | None:
-    """Returns r_i (B, H, Tq) of a fixed normalizer under a dense mask, whose visible keys must be counted; else None."""
+    """Returns r_i (B, H, Tq) where visible keys must be counted, under a dense mask without l1; else None."""
     if call.mask is None or call.normalizer == "l1":
         return None
     batch, heads, q_len, _ = call.query.shape
     row_scale = call.query.new_empty((batch, heads, q_len), dtype=torch.float32)
     _launch(
-        kernels.count_kernel, _blocks(q_len, static.block_m) * heads * batch, call, tuned,
+        triton_forward.count_kernel, _blocks(q_len, static.block_m) * heads * batch, call, tuned,
         row_scale, _visibility(call), heads, S=static,
     )  # fmt: skip
     return row_scale
@@ -165,7 +166,7 @@ def _configuration(kernel: str, call: Call) -> Configuration:
     if _INTERPRETED:
         return _INTERPRETED_CONFIGURATION
     width = max(call.query.shape[3], call.value.shape[3])
-    return configuration(kernel, call.query.dtype, width, call.query.device)
+    return configuration(kernel, call.query.dtype, width, call.monomial, call.query.device)
 
 
 def _static(call: Call, tuned: Configuration) -> Static:
@@ -212,28 +213,23 @@ def _operand(tensor: Tensor) -> Operand:
 
 
 def _scores(call: Call) -> Scores:
-    center = (0, 0, 0) if call.center is None else call.center.stride()
-    radius = 0 if call.radius is None else call.radius.stride(0)
-    return Scores(
-        call.coefficients, *call.coefficients.stride(), call.radius, radius, call.center, *center, call.scaling
-    )
+    center_strides = _broadcast_strides(call.center, 3)
+    radius_stride = 0 if call.radius is None else call.radius.stride(0)
+    coefficients = (call.coefficients, *call.coefficients.stride())
+    return Scores(*(*coefficients, call.radius, radius_stride, call.center, *center_strides, call.scaling))
 
 
 def _visibility(call: Call) -> Visibility:
     q_len, k_len = call.query.shape[2], call.key.shape[2]
-    ranges, range_strides = None, (0, 0, 0)
-    if call.ranges is not None:
-        ranges, range_strides = call.ranges, _broadcast_strides(call.ranges)
-    mask, mask_strides = None, (0, 0, 0, 0)
-    if call.mask is not None:
-        mask, mask_strides = call.mask.view(torch.uint8), _broadcast_strides(call.mask)
-    return Visibility(q_len, k_len, call.window, ranges, *range_strides, mask, *mask_strides)
+    mask = None if call.mask is None else call.mask.view(torch.uint8)
+    range_strides, mask_strides = _broadcast_strides(call.ranges, 3), _broadcast_strides(mask, 4)
+    return Visibility(*(q_len, k_len, call.window, call.ranges, *range_strides, mask, *mask_strides))
 
 
-def _broadcast_strides(tensor: Tensor) -> Iterable[int]:
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+def _broadcast_strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    if tensor is None:
+        return (0,) * dims
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _dropout(call: Call) -> Dropout | None:

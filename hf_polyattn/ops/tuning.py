@@ -1,7 +1,8 @@
 """Block sizes of the Triton kernels, from the JSON tables in `tuning/` and those that `tune` wrote on this machine.
 
 A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of 64,
-128 and 256 that holds D and Dv. Nothing is timed when a kernel is first called.
+128 and 256 that holds D and Dv. "<dtype>-<width>-monomial", where it is there, is for monomials, which need fewer
+registers. Nothing is timed when a kernel is first called.
 """
 
 from __future__ import annotations
@@ -66,8 +67,20 @@ def shipped_tables() -> dict[int, Table]:
     return dict(sorted((int(path.stem.removeprefix("sm")), read_table(path)) for path in paths))
 
 
+def keys(dtype: torch.dtype, width: int, monomial: bool) -> tuple[str, ...]:
+    """Returns the keys of a table's rows that fit a call, the best first."""
+    key = f"{str(dtype).removeprefix('torch.')}-{next(limit for limit in WIDTHS if width <= limit)}"
+    return (f"{key}-monomial", key) if monomial else (key,)
+
+
+def row_of(table: Table, kernel: str, dtype: torch.dtype, width: int, monomial: bool) -> Configuration | None:
+    """Returns the configuration of a kernel in one table, None if it has none."""
+    rows = table.get(kernel, {})
+    return next((rows[key] for key in keys(dtype, width, monomial) if key in rows), None)
+
+
 @functools.cache
-def configuration(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Configuration:
+def configuration(kernel: str, dtype: torch.dtype, width: int, monomial: bool, device: torch.device) -> Configuration:
     """Returns the configuration of a kernel.
 
     A table for the device's name comes first, from `local_folder` and then from this package; then the shipped one
@@ -77,17 +90,19 @@ def configuration(kernel: str, dtype: torch.dtype, width: int, device: torch.dev
         kernel: one of KERNELS.
         dtype: of query, key and value.
         width: the larger of D and Dv, at most 256.
+        monomial: whether only the highest coefficient counts.
         device: a CUDA device.
     """
-    key = f"{str(dtype).removeprefix('torch.')}-{next(limit for limit in WIDTHS if width <= limit)}"
     name = f"{_slug(torch.cuda.get_device_name(device))}.json"
-    for path in (local_folder() / name, _SHIPPED / name):
-        if path.exists() and key in (rows := read_table(path).get(kernel, {})):
-            return rows[key]
+    named = (read_table(path) for path in (local_folder() / name, _SHIPPED / name) if path.exists())
     major, minor = torch.cuda.get_device_capability(device)
-    tables = shipped_tables()
-    best = max(capability for capability in tables if capability <= max(10 * major + minor, min(tables)))
-    return tables[best][kernel][key]
+    shipped = shipped_tables()
+    nearest = max(capability for capability in shipped if capability <= max(10 * major + minor, min(shipped)))
+    for table in (*named, shipped[nearest]):
+        row = row_of(table, kernel, dtype, width, monomial)
+        if row is not None:
+            return row
+    raise KeyError(f"no configuration of {kernel} for {dtype}, width {width}")  # tests/test_triton.py: never
 
 
 def _slug(device: str) -> str:

@@ -30,9 +30,7 @@ def test_error_budget_notices_a_missing_mask(case: str) -> None:
     tensors, settings = inputs(CASES[case], torch.float16, 0, "cpu")
     without = {name: value for name, value in settings.items() if name not in ("mask", "ranges", "window", "causal")}
     exact = polynomial_attention(*(tensor.double() for tensor in tensors), **settings, backend="reference")
-    results = [
-        polynomial_attention(*tensors, **some, backend="reference").nan_to_num() for some in (without, settings)
-    ]
+    results = [polynomial_attention(*tensors, **some, backend="reference").nan_to_num() for some in (without, settings)]
     assert excess(*results, exact) > 2.0
 
 
@@ -218,7 +216,12 @@ def test_radius_gradient_and_weights_are_refused() -> None:
 def test_calls_use_the_decode_kernel_when_keys_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     launch = backend._launch
-    monkeypatch.setattr(backend, "_launch", lambda kernel, *rest, **s: (names.append(kernel.__name__), launch(kernel, *rest, **s)))
+
+    def record(kernel: Any, *arguments: Any, **static: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *arguments, **static)
+
+    monkeypatch.setattr(backend, "_launch", record)
     for shape, expected in (
         ((1, 2, 1, 1, 40), ["decode_kernel", "decode_sum_kernel"]),
         ((1, 2, 1, 5, 40), ["forward_kernel"]),
@@ -229,3 +232,33 @@ def test_calls_use_the_decode_kernel_when_keys_are_many(monkeypatch: pytest.Monk
         assert names == expected
 
 
+def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_polyattn.ops import tune
+    from hf_polyattn.ops.tuning import Configuration, read_table
+
+    rows = tuple(Configuration(16, block, 4, 1) for block in (16, 32, 64))
+    launch, times = backend._launch, {16: 3.0, 32: 2.0, 64: 1.0}
+    used: list[int] = []
+
+    def spoil(kernel: Any, programs: int, call: Any, tuned: Configuration, *arguments: Any, **static: Any) -> None:
+        launch(kernel, programs, call, tuned, *arguments, **static)
+        used.append(tuned.block_n)
+        if tuned.block_n == 64:  # the fastest, but wrong
+            arguments[3].pointer.zero_()
+
+    monkeypatch.setattr(backend, "_launch", spoil)
+    path = tune.tune(
+        torch.device("cpu"),
+        "A device",
+        dtypes=[torch.float32],
+        widths=[64],
+        length=17,
+        candidates={"forward": rows},
+        folder=tmp_path,
+        measure=lambda run: (run(), times[used[-1]])[1],
+        report=lambda line: None,
+    )
+    assert path.name == "a-device.json"
+    expected = Configuration(16, 32, 4, 1)
+    assert read_table(path) == {"forward": {"float32-64-monomial": expected, "float32-64": expected}}
+    assert backend._configuration("forward", tune._call(torch.device("cpu"), torch.float32, 64, 17, True)) != expected
