@@ -1,4 +1,4 @@
-"""The attention function and the mask function that Transformers finds under the name "polyattn"."""
+"""The attention function that Transformers finds under the name "polyattn"."""
 
 from __future__ import annotations
 
@@ -9,29 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from .core import CHILD_NAME
-from .errors import InputError, UnsupportedArgumentError
+from .errors import UnsupportedArgumentError
+from .masking import dense_mask, polyattn_mask, split_mask
 
 IMPLEMENTATION = "polyattn"
 
 # Arguments that change what softmax attention computes and that w = p(t) cannot carry.
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sinks", "cache", "attn_bias")
 
-# Additive masks hold 0 where a score is visible and a large negative number where it is not: -1e4, which
-# bfloat16 rounds to -9984, or less.
-_MASKED_BELOW = -9984.0
-
 
 def register(attention_interface: Any) -> None:
-    """Registers "polyattn" with Transformers: the attention function, and `sdpa_mask` for its masks.
+    """Registers "polyattn" with Transformers: the attention function and the mask function.
 
     Args:
         attention_interface: `transformers.modeling_utils.AttentionInterface`, which imports this package's hooks.
     """
     attention_interface.register(IMPLEMENTATION, polyattn_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, polyattn_mask)
 
 
 def polyattn_forward(
@@ -44,7 +41,8 @@ def polyattn_forward(
         query: (B, H, Tq, D).
         key: (B, G, Tk, D), not expanded.
         value: (B, G, Tk, Dv).
-        attention_mask: None, bool (True = visible) or additive, broadcastable to (B, H, Tq, Tk).
+        attention_mask: None; bool (True = visible) or additive, broadcastable to (B, H, Tq, Tk); or the ranges of
+            `polyattn_mask`, int32 (B or 1, 1, Tq or 1, 2).
         **kwargs: what the model passes. Honoured are `scaling` of the scores (D^(-1/2) if None), `dropout` of
             the attention weights, `is_causal` (overrides `module.is_causal`; effective without a mask and for
             Tq > 1), `sliding_window` (where is_causal is; a mask carries its own) and `output_attentions`.
@@ -69,8 +67,11 @@ def polyattn_forward(
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries that SDPA broadcasts over the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     causal = _causal(module, query, attention_mask, kwargs)
+    if polynomial.observer is not None:
+        attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
+    mask, ranges = split_mask(attention_mask, key.shape[2])
     arguments: dict[str, Any] = {
-        "mask": None if attention_mask is None else visible_scores(attention_mask),
+        "mask": mask,
         "causal": causal,
         "window": kwargs.get("sliding_window") if causal else None,
         "scaling": kwargs.get("scaling"),
@@ -79,6 +80,7 @@ def polyattn_forward(
         output, weights = softmax_forward(module, query, key, value, attention_mask, **kwargs)
         polynomial.observer(query, key, value, output, **arguments)
         return output, weights
+    arguments["ranges"] = ranges
     arguments["dropout"] = kwargs.get("dropout", 0.0)
     if weights_requested(kwargs):
         output, weights = polynomial(query, key, value, return_weights=True, **arguments)
@@ -97,6 +99,7 @@ def softmax_forward(
     Raises:
         UnsupportedArgumentError: there is no such function, and an argument that SDPA may drop.
     """
+    attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
     unsupported = _unsupported(kwargs)
     eager = _eager_attention(type(module)) if unsupported or weights_requested(kwargs) else None
     if eager is None and unsupported:
@@ -130,25 +133,6 @@ def _causal(module: nn.Module, query: Tensor, attention_mask: Tensor | None, kwa
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     return bool(attention_mask is None and query.shape[2] > 1 and is_causal)
-
-
-def visible_scores(mask: Tensor) -> Tensor:
-    """Returns the bool mask (True = visible) of a bool or additive 4D mask.
-
-    Raises:
-        InputError: integer masks, and additive masks with values that are neither 0 nor a large negative number.
-    """
-    if mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point():
-        raise InputError(f"a 4D attention mask must be bool or additive float, got {mask.dtype}. Use mask.bool().")
-    visible = mask == 0.0
-    if not torch.compiler.is_compiling() and not bool((visible | (mask <= _MASKED_BELOW)).all()):
-        raise InputError(
-            "the additive attention mask has values between 0 and -1e4: a position bias, which polynomial "
-            "attention cannot add to its scores. Allowed: 0 (visible) and values of -1e4 or less (masked)."
-        )
-    return visible
 
 
 def weights_requested(kwargs: dict[str, Any]) -> bool:

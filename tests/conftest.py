@@ -169,7 +169,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextMa
     correct = hf_polyattn.core.polynomial_attention
 
     def without_mask(*args: Any, **kwargs: Any) -> Any:
-        return correct(*args, **{**kwargs, "mask": None, "causal": False, "window": None})
+        return correct(*args, **{**kwargs, "mask": None, "ranges": None, "causal": False, "window": None})
 
     def counting_all(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         return correct(query, key, *args, **{**kwargs, "normalizer": "none"}) * key.shape[2] ** -0.5

@@ -155,7 +155,7 @@ FLOORS = {
     0: {"errors", "spec"},
     1: {"ops"},
     2: {"core"},
-    3: {"attention", "families", "patch"},
+    3: {"attention", "families", "masking", "patch"},
     4: {"capture", "fitting"},
     5: {"calibration", "distillation", "diagnose", "bench", "hub"},
     6: {"_activation", "cli"},
