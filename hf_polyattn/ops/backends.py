@@ -76,7 +76,8 @@ def _triton_why_not(problem: Problem) -> str | None:
         return "it never forms the whole attention weights (return_weights=True)"
     if problem.radius_grad:
         return "it has no gradient for the radius"
-    return _triton_missing()
+    missing: str | None = _triton_missing()
+    return missing
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

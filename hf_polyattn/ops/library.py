@@ -51,13 +51,10 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of query, key, value, coefficients and center (of shape (0,) if there is none)."""
     *call, backend = arguments
-    return (
-        BACKENDS[backend]
-        .load()
-        .backward(  # type: ignore[no-any-return]
-            grad_output, output, row_scale, Call(*call), coefficients_grad=coefficients_grad, center_grad=center_grad
-        )
-    )
+    wanted = {"coefficients_grad": coefficients_grad, "center_grad": center_grad}
+    grads: tuple[Tensor, ...]
+    grads = BACKENDS[backend].load().backward(grad_output, output, row_scale, Call(*call), **wanted)
+    return grads
 
 
 @attention.register_fake

@@ -216,14 +216,16 @@ def _scores(call: Call) -> Scores:
     center_strides = _broadcast_strides(call.center, 3)
     radius_stride = 0 if call.radius is None else call.radius.stride(0)
     coefficients = (call.coefficients, *call.coefficients.stride())
-    return Scores(*(*coefficients, call.radius, radius_stride, call.center, *center_strides, call.scaling))
+    fields: tuple[Any, ...] = (*coefficients, call.radius, radius_stride, call.center, *center_strides, call.scaling)
+    return Scores(*fields)
 
 
 def _visibility(call: Call) -> Visibility:
     q_len, k_len = call.query.shape[2], call.key.shape[2]
     mask = None if call.mask is None else call.mask.view(torch.uint8)
     range_strides, mask_strides = _broadcast_strides(call.ranges, 3), _broadcast_strides(mask, 4)
-    return Visibility(*(q_len, k_len, call.window, call.ranges, *range_strides, mask, *mask_strides))
+    fields: tuple[Any, ...] = (q_len, k_len, call.window, call.ranges, *range_strides, mask, *mask_strides)
+    return Visibility(*fields)
 
 
 def _broadcast_strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -113,19 +113,19 @@ def _fastest(
     return best
 
 
-def _run(kernel: str, call: Call, backend: ModuleType) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _run(kernel: str, call: Call, backend: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Returns what runs a kernel, by itself or with those that do not change."""
     if kernel == "decode":
         call = replace(call, query=call.query[:, :, :1], center=None, causal=False)
     if kernel in ("forward", "decode"):
-        return lambda: backend.forward(call)[:1]  # type: ignore[no-any-return]
+        return lambda: backend.forward(call)[:1]
     output, row_scale = backend.forward(call)
     options = {"coefficients_grad": True, "center_grad": True}
-    return lambda: backend.backward(output, output, row_scale, call, **options)[:3]  # type: ignore[no-any-return]
+    return lambda: backend.backward(output, output, row_scale, call, **options)[:3]
 
 
 @contextlib.contextmanager
-def _trying(kernel: str, row: Configuration, backend: ModuleType) -> Iterator[None]:
+def _trying(kernel: str, row: Configuration, backend: Any) -> Iterator[None]:
     usual = backend._configuration
     backend._configuration = lambda name, call: row if name == kernel else usual(name, call)
     try:
