@@ -137,6 +137,11 @@ DECODE: dict[str, Case] = {
     "decode16-window": Case(constant(window=100), shape=(1, 2, 1, 16, 260)),
 }
 CASES = {**SPECS, **MASKS, **SHAPES, **DECODE}
+# Those that show all that float16 does otherwise: the interpreter is slow.
+HALF = (
+    "degree3", "monomial3", "monomial3-interval", "power1", "power16", "taylor4-l1", "mean-causal", "packed-causal",
+    "dense-mask", "dropout-l1-mask", "short", "grouped", "D80", *DECODE,
+)  # fmt: skip
 
 
 def inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> tuple[list[Tensor], dict[str, Any]]:
