@@ -35,8 +35,9 @@ demo: $(VENV)/.done
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
 
+# The kernels on a real GPU, with whatever torch and triton are installed there.
 test-gpu:
-	PYTHONPATH=. python -m pytest -m gpu
+	PYTHONPATH=. python -m pytest -m gpu tests/gpu
 
 check: $(VENV)/.done
 	$(BIN)/ruff format --check .

@@ -48,7 +48,7 @@ def outputs_and_gradients(tensors: list[Tensor], *, grad_scale: float = 1.0, **s
         names.append("center")
     output = polynomial_attention(*leaves[:4], **settings)
     grad_output = grad_scale * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+    gradients = torch.autograd.grad(output, leaves, grad_output.to(output))
     return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
 
 

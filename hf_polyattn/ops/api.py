@@ -169,6 +169,8 @@ def polynomial_attention(
             power=power,
             return_weights=return_weights,
             radius_grad=call.radius is not None and call.radius.requires_grad,
+            head_dim=head_dim,
+            value_dim=value.shape[3],
         ),
     )
     if name == "reference":

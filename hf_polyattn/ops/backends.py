@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class Problem:
     power: int
     return_weights: bool
     radius_grad: bool
+    head_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,12 @@ def _cpu_why_not(problem: Problem) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _cpu_is_usable() -> bool:
+    return _cpu_kernels_load()
+
+
+@functools.cache
+def _cpu_kernels_load() -> bool:
     from . import build
 
     try:
@@ -81,8 +88,45 @@ def _chunked_why_not(problem: Problem) -> str | None:
     return None
 
 
+# Set before Triton is imported, it runs kernels on the CPU, slowly: for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_why_not(problem: Problem) -> str | None:
+    if problem.device != ("cpu" if _INTERPRETED else "cuda"):
+        return f"it needs a CUDA device, or TRITON_INTERPRET=1 on the CPU; device {problem.device}"
+    if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {str(problem.dtype).removeprefix('torch.')}"
+    if _INTERPRETED and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if max(problem.head_dim, problem.value_dim) > 256:
+        return f"head dims above 256: {problem.head_dim} and {problem.value_dim}"
+    if problem.return_weights:
+        return "it never forms the whole attention weights (return_weights=True)"
+    if problem.radius_grad:
+        return "it has no gradient for the radius"
+    missing: str | None = _triton_missing()
+    return missing
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_missing() -> str | None:
+    """Returns why Triton cannot run on this machine, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "it needs the package triton: pip install triton"
+    if _INTERPRETED:
+        return None
+    if torch.version.cuda is None:
+        return "it was only built for NVIDIA devices"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
+
+
 # `auto` takes the first that has no objection.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend("triton", fused=True, why_not=_triton_why_not),
     "cpu": Backend("cpu", fused=True, why_not=_cpu_why_not, usable=_cpu_is_usable),
     "chunked": Backend("chunked", fused=True, why_not=_chunked_why_not),
     "reference": Backend("reference", fused=False, why_not=_reference_why_not),

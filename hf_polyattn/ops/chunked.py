@@ -50,7 +50,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call, *, coefficients_grad: bool, center_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none).
 
@@ -97,11 +97,12 @@ def backward(
             if slope is not None:
                 grad_p.mul_(slope)
             grad_t = _horner(t, _derivative(coefficients)).mul_(grad_p)
-            grad_coefficients[block.heads] += _moments(grad_p, t, coefficients.shape[1])
+            if coefficients_grad:
+                grad_coefficients[block.heads] += _moments(grad_p, t, coefficients.shape[1])
             if call.clamp:
                 grad_t = torch.ops.aten.hardtanh_backward(grad_t, t, -1.0, 1.0)
 
-            if call.center is not None:
+            if center_grad:
                 grad_center[block.entries, block.heads, block.rows] = grad_t.sum(-1)
             grad_t = block.group(grad_t)
             grad_query[block.entries, block.heads, block.rows] = block.ungroup(grad_t @ block.key())

@@ -24,7 +24,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call, *, coefficients_grad: bool, center_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none)."""
     tensors = (call.query, call.key, call.value, call.coefficients)
@@ -32,8 +32,9 @@ def backward(
         query, key, value, coefficients = (torch.zeros(t.shape, dtype=t.dtype) for t in tensors)
         center = torch.zeros((0,) if call.center is None else call.center.shape, dtype=call.coefficients.dtype)
     else:
+        moments = coefficients_grad and not (call.monomial and call.normalizer == "l1")  # c·t^P over its sum knows no c
         query, key, value, coefficients, center = _kernels().attention_backward(
-            _rows(grad_output), row_scale, *_arguments(call)
+            _rows(grad_output), row_scale, moments, *_arguments(call)
         )
         if call.center is not None:
             radius = 1.0 if call.radius is None else call.radius.float()[:, None]

@@ -3,7 +3,8 @@
 Its arguments are the fields of `Call` in order, then the backend's name. A backend is a module with
 
     forward(call) -> (output, row_scale)
-    backward(grad_output, output, row_scale, call) -> gradients of query, key, value, coefficients and center
+    backward(grad_output, output, row_scale, call, coefficients_grad=, center_grad=)
+        -> gradients of query, key, value, coefficients and center, the last two 0 where they are not asked for
 
 where row_scale, float32 (B, H, Tq) or float64 for float64 inputs, holds r_i of normalizer l1, 0 where all w are.
 The other normalizers need neither it nor the output in backward: there both have shape (0,).
@@ -27,7 +28,7 @@ _SETTINGS = (
     "bool causal, SymInt? window, float scaling, SymInt power, str normalizer, bool clamp, bool monomial, "
     "float dropout, str backend"
 )
-_NORMALIZER, _CENTER, _TENSOR_COUNT = 13, 6, 9
+_COEFFICIENTS, _CENTER, _NORMALIZER, _TENSOR_COUNT = 3, 6, 13, 9
 
 
 @torch.library.custom_op("polyattn::attention", mutates_args=(), schema=f"({_TENSORS}{_SETTINGS}) -> (Tensor, Tensor)")
@@ -41,14 +42,19 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     "polyattn::attention_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_output, Tensor output, Tensor row_scale, {_TENSORS}{_SETTINGS}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad_output, Tensor output, Tensor row_scale, bool coefficients_grad, bool center_grad, "
+        f"{_TENSORS}{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def attention_backward(grad_output: Tensor, output: Tensor, row_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def attention_backward(
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, coefficients_grad: bool, center_grad: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
     """Returns the gradients of query, key, value, coefficients and center (of shape (0,) if there is none)."""
     *call, backend = arguments
-    return BACKENDS[backend].load().backward(grad_output, output, row_scale, Call(*call))  # type: ignore[no-any-return]
+    wanted = {"coefficients_grad": coefficients_grad, "center_grad": center_grad}
+    grads: tuple[Tensor, ...]
+    grads = BACKENDS[backend].load().backward(grad_output, output, row_scale, Call(*call), **wanted)
+    return grads
 
 
 @attention.register_fake
@@ -61,7 +67,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @attention_backward.register_fake
-def _(grad_output: Tensor, output: Tensor, row_scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, coefficients_grad: bool, center_grad: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
     query, key, value, coefficients, *_ = arguments
     center = arguments[_CENTER]
     grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value, coefficients)]
@@ -78,7 +86,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, output, row_scale = ctx.saved_tensors  # activation checkpointing hands them out once
-    *grads, grad_center = attention_backward(grad_output, output, row_scale, *tensors, *ctx.settings)
+    wanted = (ctx.needs_input_grad[_COEFFICIENTS], ctx.needs_input_grad[_CENTER])
+    *grads, grad_center = attention_backward(grad_output, output, row_scale, *wanted, *tensors, *ctx.settings)
     none = (None,) * (_TENSOR_COUNT + len(ctx.settings))
     center = None if tensors[_CENTER] is None else grad_center
     return (*grads, *none[len(grads) : _CENTER], center, *none[_CENTER + 1 :])

@@ -477,7 +477,8 @@ struct Gradients {
 };
 
 template <typename scalar_t, typename mm_t>
-void backward(const Call& call, const Tensor& grad_output, const Tensor& row_scale, Gradients& gradients) {
+void backward(const Call& call, const Tensor& grad_output, const Tensor& row_scale, bool moments,
+              Gradients& gradients) {
   constexpr int64_t pack = kPack<mm_t>;
   const int64_t pairs = call.batch * call.groups, terms = call.terms;
   const Chunks chunks(call, call.batch * call.groups >= 2 * at::get_num_threads() ? 1 : 2 * at::get_num_threads(),
@@ -591,7 +592,8 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
                                   deltas,
                                   whole ? nullptr : static_cast<float*>(memory.visible),
                                   call.seed ? static_cast<float*>(memory.kept) : nullptr,
-                                  sums};
+                                  sums,
+                                  moments};
       };
       auto compute_scores = [&](Range keys) {
         const int64_t count = keys.stop - keys.start, at = call.l1() ? keys.start * block_rows : 0;
@@ -729,7 +731,7 @@ std::tuple<Tensor, Tensor> attention(const Arguments&... arguments) {
 
 template <typename... Arguments>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
-                                                                      const Tensor& row_scale,
+                                                                      const Tensor& row_scale, bool coefficients_grad,
                                                                       const Arguments&... arguments) {
   const Call call = make_call(arguments...);
   const auto options = call.query.options();
@@ -740,7 +742,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tens
   if (call.offset) {
     gradients.offset = at::empty({call.batch, call.heads, call.q_len}, options.dtype(at::kFloat));
   }
-  POLYATTN_DISPATCH(call.query.scalar_type(), backward, call, grad_output, row_scale, gradients);
+  POLYATTN_DISPATCH(call.query.scalar_type(), backward, call, grad_output, row_scale, coefficients_grad, gradients);
   return {gradients.query, gradients.key, gradients.value, gradients.coefficients, gradients.offset};
 }
 
@@ -758,7 +760,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tens
 
 TORCH_LIBRARY(polyattn_cpu, library) {
   library.def("attention(" POLYATTN_ARGUMENTS ") -> (Tensor, Tensor)");
-  library.def("attention_backward(Tensor grad_output, Tensor row_scale, " POLYATTN_ARGUMENTS
+  library.def("attention_backward(Tensor grad_output, Tensor row_scale, bool coefficients_grad, " POLYATTN_ARGUMENTS
               ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -5,8 +5,10 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace polyattn {
 
@@ -223,11 +225,23 @@ inline void multiply_plain(int64_t m, int64_t n, int64_t k, const float* a, int6
   }
 }
 
+// fp32 sums of more products than these are made of two: their rounding would show beside that of a BLAS.
+constexpr int64_t kDepth = 128;
+
 // C (m, n) = or += A (m, k) · B (k, n), with B packed and k a multiple of kPack.
 template <typename mm_t>
 void multiply(int64_t m, int64_t n, int64_t k, const mm_t* a, int64_t lda, const mm_t* b, int64_t ldb, float* c,
               int64_t ldc, bool add) {
   if constexpr (std::is_same_v<mm_t, float>) {
+    if (!add && k > kDepth) {
+      std::vector<float> rest(m * n);
+      multiply(m, n, k - kDepth, a + kDepth, lda, b + kDepth * ldb, ldb, rest.data(), n, false);
+      multiply(m, n, kDepth, a, lda, b, ldb, c, ldc, false);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) c[i * ldc + j] += rest[i * n + j];
+      }
+      return;
+    }
     if (!has_brgemm<float>()) return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, add);
   }
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kPack<mm_t> == 2);

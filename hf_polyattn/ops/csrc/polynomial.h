@@ -135,6 +135,7 @@ struct BackwardTile {
   const float *offsets, *row_scales, *deltas;  // of the rows
   const float *visible, *kept;                 // as in ForwardTile
   RowSums sums;
+  bool moments;  // whether the coefficients need a gradient
 };
 
 // Keys over which a lane adds up before the sum joins the others: rounding grows with the length of a sum.
@@ -231,11 +232,15 @@ void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
         if constexpr (kClamp) p_slope = p_slope & (e.raw > Vec(-1.0f)) & (e.raw < one);
         const Vec dt = dp * p_slope;
         total_slope = total_slope + dt;
-        if constexpr (!kMonomial) {
-          moments[0] = moments[0] + dp;
-          for (int k = 1; k <= P; ++k) {
-            dp = dp * e.t;
-            moments[k] = moments[k] + dp;
+        if (tile.moments) {
+          if constexpr (kMonomial) {
+            moments[P] = at::vec::fmadd(dp, power_of<P>(e.t), moments[P]);
+          } else {
+            moments[0] = moments[0] + dp;
+            for (int k = 1; k <= P; ++k) {
+              dp = dp * e.t;
+              moments[k] = moments[k] + dp;
+            }
           }
         }
         const Vec result = dt * slope;
@@ -248,7 +253,7 @@ void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
         const Vec first = grad_score(j), second = j + 1 < stop ? grad_score(j + 1) : zero;
         store_packed(tile.grad_scores_packed + j * tile.rows + kPack<mm_t> * i, tile.rows, first, second);
       }
-      for (int k = 0; k <= P && !kMonomial; ++k) accumulate(tile.sums.moment(k) + i, moments[k]);
+      for (int k = kMonomial ? P : 0; k <= P && tile.moments; ++k) accumulate(tile.sums.moment(k) + i, moments[k]);
       accumulate(tile.sums.slope() + i, total_slope);
     }
   }

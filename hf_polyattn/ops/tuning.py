@@ -1,0 +1,109 @@
+"""Block sizes of the Triton kernels, from the JSON tables in `tuning/` and those that `tune` wrote on this machine.
+
+A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of 64,
+128 and 256 that holds D and Dv. "<dtype>-<width>-monomial", where it is there, is for monomials, which need fewer
+registers. Nothing is timed when a kernel is first called.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+KERNELS = ("forward", "grad_query", "grad_key_value", "decode")
+DTYPES = ("bfloat16", "float16", "float32")
+WIDTHS = (64, 128, 256)
+_SHIPPED = Path(__file__).parent / "tuning"
+
+
+class Configuration(NamedTuple):
+    """How a kernel is compiled: rows of queries and of keys in a tile, warps of a program, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+Table = dict[str, dict[str, Configuration]]
+
+
+def local_folder() -> Path:
+    """Returns where `tune` writes: $POLYATTN_TUNING, or hf_polyattn/tuning in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("POLYATTN_TUNING", cache / "hf_polyattn" / "tuning"))
+
+
+def read_table(path: Path) -> Table:
+    """Returns the configurations in a JSON table."""
+    kernels = json.loads(path.read_text())["configurations"]
+    return {kernel: {key: Configuration(*row) for key, row in rows.items()} for kernel, rows in kernels.items()}
+
+
+def write_table(table: Table, device: str, folder: Path) -> Path:
+    """Writes a table beside its place and renames it; returns the path that `configuration` reads for the device."""
+    path = folder / f"{_slug(device)}.json"
+    rows = ",\n".join(
+        f'    "{kernel}": {{\n' + ",\n".join(f'      "{key}": {list(row)}' for key, row in rows.items()) + "\n    }"
+        for kernel, rows in table.items()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(f'{{\n  "device": {json.dumps(device)},\n  "configurations": {{\n{rows}\n  }}\n}}\n')
+    partial.replace(path)
+    configuration.cache_clear()
+    return path
+
+
+def shipped_tables() -> dict[int, Table]:
+    """Returns the tables of this package by compute capability, 80 for 8.0."""
+    paths = (path for path in _SHIPPED.glob("sm*.json"))
+    return dict(sorted((int(path.stem.removeprefix("sm")), read_table(path)) for path in paths))
+
+
+def keys(dtype: torch.dtype, width: int, monomial: bool) -> tuple[str, ...]:
+    """Returns the keys of a table's rows that fit a call, the best first."""
+    key = f"{str(dtype).removeprefix('torch.')}-{next(limit for limit in WIDTHS if width <= limit)}"
+    return (f"{key}-monomial", key) if monomial else (key,)
+
+
+def row_of(table: Table, kernel: str, dtype: torch.dtype, width: int, monomial: bool) -> Configuration | None:
+    """Returns the configuration of a kernel in one table, None if it has none."""
+    rows = table.get(kernel, {})
+    return next((rows[key] for key in keys(dtype, width, monomial) if key in rows), None)
+
+
+@functools.cache
+def configuration(kernel: str, dtype: torch.dtype, width: int, monomial: bool, device: torch.device) -> Configuration:
+    """Returns the configuration of a kernel.
+
+    A table for the device's name comes first, from `local_folder` and then from this package; then the shipped one
+    of the highest compute capability that is not above the device's.
+
+    Args:
+        kernel: one of KERNELS.
+        dtype: of query, key and value.
+        width: the larger of D and Dv, at most 256.
+        monomial: whether only the highest coefficient counts.
+        device: a CUDA device.
+    """
+    name = f"{_slug(torch.cuda.get_device_name(device))}.json"
+    named = (read_table(path) for path in (local_folder() / name, _SHIPPED / name) if path.exists())
+    major, minor = torch.cuda.get_device_capability(device)
+    shipped = shipped_tables()
+    nearest = max(capability for capability in shipped if capability <= max(10 * major + minor, min(shipped)))
+    for table in (*named, shipped[nearest]):
+        row = row_of(table, kernel, dtype, width, monomial)
+        if row is not None:
+            return row
+    raise KeyError(f"no configuration of {kernel} for {dtype}, width {width}")  # tests/test_triton.py: never
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

@@ -1,0 +1,109 @@
+"""Every shipped configuration compiles for its devices without spilling, and fits them. No GPU is needed.
+
+POLYATTN_COMPILE_ALL=1 compiles all specs, dtypes and dims for all devices (half an hour) instead of a choice.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton_compilation import SHARED_MEMORY, SPECS, compiling_for, make_call, run_all
+
+from hf_polyattn.ops.call import Call
+from hf_polyattn.ops.tuning import Configuration, row_of, shipped_tables
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, which the interpreter does not"
+)
+
+CAPABILITIES = tuple(SHARED_MEMORY)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Case = tuple[int, torch.dtype, str, int, bool]  # capability, dtype, spec, head dim, causal
+
+CHOICE: list[Case] = [
+    *((capability, dtype, "poly6-l1", dim, True)
+      for capability in CAPABILITIES for dtype in (BF16, FP16) for dim in (64, 128, 256)),
+    *((capability, FP32, "poly3^16-l1", 64, True) for capability in CAPABILITIES),
+    *((90, BF16, spec, dim, False) for spec in SPECS if spec != "poly6-l1" for dim in (64, 128)),
+    *((90, BF16, "poly4-l1", dim, True) for dim in (80, 96)),
+]  # fmt: skip
+ALL: list[Case] = [
+    (capability, dtype, spec, dim, causal)
+    for capability in CAPABILITIES
+    for dtype in (BF16, FP16, FP32)
+    for spec in SPECS
+    for dim in (64, 80, 128, 160, 256)
+    for causal in (True, False)
+]
+CASES = ALL if os.environ.get("POLYATTN_COMPILE_ALL") == "1" else CHOICE
+
+
+def name(case: Case) -> str:
+    capability, dtype, spec, dim, causal = case
+    return f"sm{capability}-{str(dtype).removeprefix('torch.')}-{spec}-D{dim}{'-causal' if causal else ''}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels say nothing of their registers when they come from a cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def shipped(capability: int) -> Any:
+    table = shipped_tables()[capability]
+
+    def configuration(kernel: str, call: Call) -> Configuration:
+        width = max(call.query.shape[3], call.value.shape[3])
+        return row_of(table, kernel, call.query.dtype, width, call.monomial)
+
+    return configuration
+
+
+@pytest.mark.parametrize("case", CASES, ids=map(name, CASES))
+def test_shipped_configurations_compile_without_spills(case: Case) -> None:
+    capability, dtype, spec, dim, causal = case
+    with compiling_for(capability, shipped(capability)) as compiled:
+        run_all(make_call(head_dim=dim, dtype=dtype, causal=causal, heads=(16, 8), **SPECS[spec]))
+    kernels = {"forward", "grad_query", "grad_key_value", "decode", "decode_sum"}
+    assert {resources.kernel for resources in compiled} == kernels | ({"delta"} if "l1" in spec else set())
+    for resources in compiled:
+        assert resources.spilled == 0, resources
+        assert resources.shared <= SHARED_MEMORY[capability], resources
+        assert not resources.serialized, resources
+        assert 0 < resources.registers < 256, resources
+        if resources.kernel == "forward":
+            expected = "fma" if dtype == FP32 else {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
+            assert resources.products == expected, resources
+
+
+def test_spills_and_large_tiles_are_noticed() -> None:
+    call = make_call(head_dim=128, **SPECS["poly6-l1"])
+    with compiling_for(90, lambda kernel, call: Configuration(128, 128, 8, 3), ("grad_key_value",)) as compiled:
+        run_all(call, decode=False)
+    assert compiled[0].spilled > 0
+    assert compiled[0].shared > SHARED_MEMORY[80]
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "packed": {"ranges": True, "causal": True},
+    "window": {"window": 512, "causal": True},
+    "odd-lengths": {"lengths": (4001, 3999)},
+    "dropout": {"dropout": 0.1},
+    "asymmetric": {"head_dim": 80, "value_dim": 32},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_other_calls_compile(mask: str) -> None:
+    """These may spill: their masks and random words need registers that the tables do not set aside."""
+    settings = {**SPECS["poly3"], **MASKS[mask]}
+    with compiling_for(90, shipped(90)) as compiled:
+        run_all(make_call(**settings))
+    assert len(compiled) == 5
+    assert all(resources.shared <= SHARED_MEMORY[90] for resources in compiled)
+    assert all(resources.spilled < 256 and not resources.serialized for resources in compiled), compiled
