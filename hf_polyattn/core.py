@@ -52,6 +52,7 @@ class PolyAttention(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         self.observer: Callable[..., None] | None = None
+        self._looked_at, self._bare = (0, -1), False
         rows = heads if config.granularity == "head" else 1
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.coefficients = nn.Parameter(torch.empty(rows, config.spec.degree + 1, **options))
@@ -117,11 +118,29 @@ class PolyAttention(nn.Module):
             center=center,
             radius=self.radius if config.interval else 1.0,
             clamp=config.clamp,
+            monomial=self._is_monomial(),
             dropout=dropout,
             backend=config.backend,
             return_weights=return_weights,
         )
         return output
+
+    def _is_monomial(self) -> bool:
+        """Whether only the highest coefficients are non-zero and no other gets a gradient: kernels then skip them.
+
+        Off the CPU looking waits for the device, so only frozen coefficients are looked at, once for each value.
+        """
+        c = self.coefficients
+        if torch.compiler.is_compiling() or (c.requires_grad and torch.is_grad_enabled()):
+            return False
+        if c.device.type == "cpu":
+            return not bool(c[:, :-1].any())
+        if c.requires_grad or c.is_inference():
+            return False
+        value = (c.data_ptr(), c._version)
+        if self._looked_at != value:
+            self._looked_at, self._bare = value, not bool(c[:, :-1].any())
+        return self._bare
 
     def shifted_center(self, query: Tensor, scaling: float) -> Tensor:
         """Returns center_h + scaling · q_i·μ_h, (B, H, Tq), float32 (float64 for float64 queries).

@@ -5,27 +5,43 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_polyattn import bench
+from hf_polyattn import bench, cli
 
-SMALL = {"cpu": (bench.Case(2, 4, 2, 33, 16, True), bench.Case(1, 2, 2, 40, 8, False))}
+SMALL = {"cpu": (bench.Case(2, 4, 2, 33, 16, True), bench.Case(1, 2, 2, 40, 8, queries=1))}
+MODELS = {"cpu": {"tiny": (partial(bench._bert, 1, 32, 2), 2, 12), "tiny-vit": (partial(bench._vit, 32, 2), 1, 197)}}
 
 
 def test_bench_writes_ratios_of_verified_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(bench, "CASES", SMALL)
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--repeats", "2", "--output", str(tmp_path)])
-    bench.main()
+    monkeypatch.setattr(bench, "MODELS", MODELS)
+    options = ["--device", "cpu", "--repeats", "2", "--dtype", "float32", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["polyattn", "bench", *options])
+    cli.main()
     results = json.loads((tmp_path / "bench.json").read_text())
     assert len(results["rows"]) == 2 * len(bench.SPECS)
     for row in results["rows"]:
-        assert row["forward"]["speedup"] == pytest.approx(row["forward"]["softmax_ms"] / row["forward"]["ms"], rel=0.1)
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
-    assert "B2-H4/2-T33-D16-causal" in capsys.readouterr().out
+        assert ("forward_backward" in row) == (row["queries"] is None)
+        times = row["forward"]
+        assert times["speedup"] == pytest.approx(times["softmax_ms"]["sdpa"] / times["ms"], rel=0.1)
+        assert times["limit_speedup"] == pytest.approx(times["softmax_ms"]["sdpa"] / times["limit_ms"], rel=0.6)
+    assert {row["model"] for row in results["models"]} == set(MODELS["cpu"])
+    for row in results["models"]:
+        assert row["train"]["latency"] == pytest.approx(row["train"]["ms"] / row["train"]["softmax_ms"], rel=0.1)
+    (memory,) = results["memory"]
+    assert memory["mib"].keys() == {"sdpa", *map(str, bench.SPECS)}
+    weights = 8192**2 * 8 * 4 / 2**20
+    assert all(0.0 < peak < 0.2 * weights for peak in memory["mib"].values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+    printed = capsys.readouterr().out
+    assert "B2-H4/2-T33-D16-causal" in printed
+    assert "B1-H2-T40-D8-q1" in printed
 
 
 @pytest.mark.parametrize("part", ["causal", "normalizer", "coefficients"])

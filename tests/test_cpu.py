@@ -16,7 +16,7 @@ from error_budget import excess, operands, outputs_and_gradients
 from kernel_cases import BUMP, CASES, MASKS, Case, errors, inputs, interval, noise
 from torch import Tensor
 
-from hf_polyattn import BackendError, polynomial_attention
+from hf_polyattn import BackendError, PolyAttentionConfig, Polynomial, core, polynomial_attention
 from hf_polyattn.ops import backends, build, library
 from hf_polyattn.ops.call import Call
 
@@ -302,3 +302,17 @@ def test_a_cache_that_cannot_be_written_is_named(sources: Path, monkeypatch: pyt
     monkeypatch.setenv("POLYATTN_CACHE", str(sources / "attention.cpp" / "inside-a-file"))
     with pytest.raises(build.BuildError, match=r"cannot be written to .*inside-a-file.*Set \$POLYATTN_CACHE"):
         build.build()
+
+
+def test_a_layer_promises_a_monomial_only_while_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    promises: list[bool] = []
+    monkeypatch.setattr(core, "polynomial_attention", lambda *args, monomial, **kwargs: promises.append(monomial))
+    layer = core.PolyAttention(PolyAttentionConfig(Polynomial.parse("poly3")), heads=2, head_dim=4)
+    query = torch.zeros(1, 2, 3, 4)
+    with torch.no_grad():
+        layer(query, query, query)
+    layer(query, query, query)  # all coefficients are trained
+    with torch.no_grad():
+        layer.coefficients.data[0, 1] = 0.1
+        layer(query, query, query)
+    assert promises == [True, False, False]
