@@ -41,8 +41,7 @@ def polyattn_forward(
         query: (B, H, Tq, D).
         key: (B, G, Tk, D), not expanded.
         value: (B, G, Tk, Dv).
-        attention_mask: None; bool (True = visible) or additive, broadcastable to (B, H, Tq, Tk); or the ranges of
-            `polyattn_mask`, int32 (B or 1, 1, Tq or 1, 2).
+        attention_mask: None; bool (True = visible) or additive, broadcastable to (B, H, Tq, Tk); or a `RangeMask`.
         **kwargs: what the model passes. Honoured are `scaling` of the scores (D^(-1/2) if None), `dropout` of
             the attention weights, `is_causal` (overrides `module.is_causal`; effective without a mask and for
             Tq > 1), `sliding_window` (where is_causal is; a mask carries its own) and `output_attentions`.
@@ -68,8 +67,8 @@ def polyattn_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     causal = _causal(module, query, attention_mask, kwargs)
     if polynomial.observer is not None:
-        attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
-    mask, ranges = split_mask(attention_mask, key.shape[2])
+        attention_mask = dense_mask(attention_mask)
+    mask, ranges = split_mask(attention_mask)
     arguments: dict[str, Any] = {
         "mask": mask,
         "causal": causal,
@@ -99,7 +98,7 @@ def softmax_forward(
     Raises:
         UnsupportedArgumentError: there is no such function, and an argument that SDPA may drop.
     """
-    attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
+    attention_mask = dense_mask(attention_mask)
     unsupported = _unsupported(kwargs)
     eager = _eager_attention(type(module)) if unsupported or weights_requested(kwargs) else None
     if eager is None and unsupported:

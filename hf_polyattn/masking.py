@@ -1,8 +1,8 @@
 """The mask function that Transformers finds under the name "polyattn", and the masks that reach the attention.
 
 Transformers describes a mask by nested functions of (batch, head, query, key). Padding, causality, sliding windows
-and packed sequences let every query see one range of keys: those are handed on as an int32 tensor (B, 1, Tq or 1, 2)
-of starts and stops in place of a bool (B, 1, Tq, Tk). Whatever else there is becomes the dense mask of SDPA.
+and packed sequences let every query see one range of keys: those become a `RangeMask`, which is a bool mask to whoever
+asks and holds two numbers a query. Whatever else there is becomes the dense mask of SDPA.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.utils import is_tracing
 
@@ -23,6 +24,63 @@ from .ops.masks import within
 # Additive masks hold 0 where a score is visible and a large negative number where it is not: -1e4, which
 # bfloat16 rounds to -9984, or less.
 _MASKED_BELOW = -9984.0
+
+
+class RangeMask(Tensor):
+    """A bool mask (B, 1, Tq, Tk), True = visible, of which each row is one range of keys.
+
+    It holds the ranges only, and makes the dense mask for any operation on it. An operation that changes it or hands
+    out a view of it makes it dense for good.
+
+    Attributes:
+        ranges: int32 (B or 1, Tq or 1, 2), start and stop of the keys that a query sees; None once it is dense.
+    """
+
+    ranges: Tensor | None
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(cls, ranges: Tensor, q_len: int, k_len: int) -> RangeMask:
+        """Makes the mask of `ranges` for `q_len` queries and `k_len` keys."""
+        shape = (ranges.shape[0], 1, q_len, k_len)
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=ranges.device)
+        self.ranges = ranges
+        self._dense = None
+        return self
+
+    def dense(self) -> Tensor:
+        """Returns the plain bool mask."""
+        if self._dense is None:
+            assert self.ranges is not None
+            self._dense = within(self.ranges, slice(0, self.shape[3])).expand(self.shape).contiguous()
+        return self._dense
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Runs an operation on the dense mask."""
+        aliased = any(argument.alias_info is not None for argument in function._schema.arguments)
+
+        def dense(mask: RangeMask) -> Tensor:
+            plain = mask.dense()
+            if aliased:
+                mask.ranges = None
+            return plain
+
+        args, kwargs = tree_map_only(cls, dense, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Returns what torch.compile takes the mask apart into."""
+        return ["ranges"] if self.ranges is not None else ["_dense"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], _: None, shape: Any, stride: Any) -> Tensor:
+        """Returns the mask that `__tensor_flatten__` took apart."""
+        return inner["_dense"] if "_dense" in inner else RangeMask(inner["ranges"], shape[2], shape[3])
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Returns its shape and ranges."""
+        return f"RangeMask(shape={tuple(self.shape)}, ranges={self.ranges})"
 
 
 def polyattn_mask(
@@ -43,12 +101,11 @@ def polyattn_mask(
     """Returns what each query sees, as ranges of keys where it can; arguments as of `sdpa_mask` of Transformers.
 
     Returns:
-        None where the module's own causality says all; int32 (B or 1, 1, Tq or 1, 2), the start and stop of the
-        visible keys; or bool (B, 1, Tq, Tk), True = visible: under tracing, for patterns that are no ranges, and for
-        padding with holes.
+        None where the module's own causality says all; a `RangeMask` (B or 1, 1, Tq, Tk); or a plain bool mask of that
+        shape, True = visible: under tracing, for patterns that are no ranges, and for padding with holes.
     """
     ranges = None
-    if not (use_vmap or is_tracing(attention_mask) or torch.compiler.is_compiling()) and kv_length > 2:
+    if not (use_vmap or is_tracing(attention_mask)):
         ranges = _ranges(
             q_length, kv_length, int(q_offset) - kv_offset, kv_offset, mask_function, attention_mask, device
         )
@@ -75,7 +132,7 @@ def polyattn_mask(
     skip = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
     if skip and torch.equal(ranges, everything.expand_as(ranges)):
         return None
-    return ranges[:, None]
+    return RangeMask(ranges.expand(batch_size, -1, -1), q_length, kv_length)
 
 
 def _ranges(
@@ -158,25 +215,21 @@ def _pattern(function: Callable[..., Any]) -> tuple[float, float, Tensor | None]
     return None
 
 
-def split_mask(mask: Tensor | None, k_len: int) -> tuple[Tensor | None, Tensor | None]:
+def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Returns the mask of a model as the operator takes it: a bool mask or ranges (B or 1, Tq or 1, 2), or neither.
 
     Raises:
         InputError: of `visible_scores`.
     """
-    if mask is None:
-        return None, None
-    if mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[3] == 2 and k_len > 2:
-        return None, mask[:, 0]
-    return visible_scores(mask), None
+    if isinstance(mask, RangeMask) and mask.ranges is not None:
+        return None, mask.ranges
+    mask = dense_mask(mask)
+    return None if mask is None else visible_scores(mask), None
 
 
-def dense_mask(mask: Tensor | None, q_len: int, k_len: int) -> Tensor | None:
-    """Returns the mask of a model with its ranges, if it is that, as a bool mask (B or 1, 1, Tq, Tk)."""
-    _, ranges = split_mask(mask, k_len) if mask is not None and mask.dtype == torch.int32 else (None, None)
-    if ranges is None:
-        return mask
-    return within(ranges, slice(0, k_len)).expand(-1, -1, q_len, -1)
+def dense_mask(mask: Tensor | None) -> Tensor | None:
+    """Returns the mask of a model as a plain tensor."""
+    return mask.dense() if isinstance(mask, RangeMask) else mask
 
 
 def visible_scores(mask: Tensor) -> Tensor:

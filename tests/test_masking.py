@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, masking_utils
 
 from hf_polyattn import InputError
-from hf_polyattn.masking import dense_mask, polyattn_mask, split_mask, visible_scores
+from hf_polyattn.masking import RangeMask, polyattn_mask, split_mask, visible_scores
 from hf_polyattn.ops import packed_ranges
 
 FUNCTIONS: dict[str, Any] = {
@@ -51,12 +51,10 @@ def masks(function: Any, padding: Tensor | None, geometry: str, **options: Any) 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_ranges_equal_the_dense_mask(function: str, padding: str, geometry: str) -> None:
     ours, dense = masks(FUNCTIONS[function], PADDING[padding], geometry, allow_is_causal_skip=False)
-    assert ours is not None
-    assert ours.dtype == torch.int32
-    q_len, k_len = dense.shape[2:]
-    expanded = dense_mask(ours, q_len, k_len)
-    assert expanded is not None
-    assert torch.equal(expanded.expand_as(dense), dense)
+    assert isinstance(ours, RangeMask)
+    assert ours.shape == dense.shape
+    assert ours.ranges is not None
+    assert torch.equal(ours.dense(), dense)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRY)
@@ -90,11 +88,12 @@ def test_packed_sequences_are_ranges(window: int | None) -> None:
             patch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "polyattn_test", function)
             patch.setattr(config, "_attn_implementation_internal", "polyattn_test")
             found[name] = make(config, torch.zeros(1, 9, 4), None, past_key_values=None, position_ids=positions)
-    assert found["ranges"].dtype == torch.int32
-    assert torch.equal(dense_mask(found["ranges"], 9, 9), found["dense"])
+    ours = found["ranges"]
+    assert isinstance(ours, RangeMask)
+    assert torch.equal(ours.dense(), found["dense"])
     if window is None:
-        start = packed_ranges(torch.tensor([0, 3, 8, 9]), 9)[..., 0]
-        assert torch.equal(found["ranges"][:, 0, :, 0], start)
+        assert ours.ranges is not None
+        assert torch.equal(ours.ranges[..., 0], packed_ranges(torch.tensor([0, 3, 8, 9]), 9)[..., 0])
 
 
 def test_packed_ranges_end_with_the_last_sequence() -> None:
@@ -122,7 +121,7 @@ def test_what_is_no_range_becomes_the_dense_mask(function: Any, padding: Tensor 
     ours, dense = masks(function, padding, "full", allow_is_causal_skip=False)
     assert ours is not None
     assert torch.equal(ours, dense)
-    assert split_mask(ours, 7) == (ours, None)
+    assert split_mask(ours) == (ours, None)
 
 
 def test_a_padded_batch_makes_no_tensor_of_queries_times_keys(pretrained: Any, polynomial: Any) -> None:
@@ -136,14 +135,56 @@ def test_a_padded_batch_makes_no_tensor_of_queries_times_keys(pretrained: Any, p
     assert seen[0]["ranges"].tolist() == [[[0, 4]], [[0, 5]]]
 
 
+def range_mask() -> RangeMask:
+    return RangeMask(torch.tensor([[[1, 3]], [[0, 2]]], dtype=torch.int32), 2, 4)
+
+
+DENSE = torch.tensor([[[[False, True, True, False]] * 2], [[[True, True, False, False]] * 2]])
+
+
+def test_a_range_mask_is_a_bool_mask_to_any_operation() -> None:
+    mask = range_mask()
+    assert mask.dtype == torch.bool
+    assert mask.shape == DENSE.shape
+    assert torch.equal(mask & True, DENSE)
+    assert torch.equal(torch.zeros(DENSE.shape).masked_fill(mask, 1.0), DENSE.float())
+    assert torch.equal(torch.cat([mask, mask], dim=-1), torch.cat([DENSE, DENSE], dim=-1))
+    assert split_mask(mask)[1] is not None
+
+
+def change(mask: Tensor) -> None:
+    mask[:, :, 1, 2] = False
+
+
+def change_through_a_view(mask: Tensor) -> None:
+    mask[0].fill_(False)
+
+
+def change_in_place(mask: Tensor) -> None:
+    mask &= torch.tensor([True, False, True, True])
+
+
+@pytest.mark.parametrize("edit", [change, change_through_a_view, change_in_place])
+def test_a_range_mask_that_a_model_edits_becomes_dense(edit: Any) -> None:
+    mask, expected = range_mask(), DENSE.clone()
+    edit(mask)
+    edit(expected)
+    dense, ranges = split_mask(mask)
+    assert ranges is None
+    assert dense is not None
+    assert torch.equal(dense, expected)
+
+
+def test_a_compiled_model_takes_a_range_mask(pretrained: Any, polynomial: Any) -> None:
+    model = polynomial(pretrained("gpt2-zinc", "AutoModelForCausalLM", n_layer=1)).double()
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]])
+    mask = RangeMask(torch.tensor([[[1, 1], [1, 2], [1, 3], [1, 4]]], dtype=torch.int32).expand(2, -1, -1), 4, 4)
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(input_ids=ids, attention_mask=mask).logits, expected, rtol=1e-9)
+    assert not torch.allclose(model(input_ids=ids).logits, expected, rtol=1e-3)
+
+
 def test_an_integer_mask_is_refused() -> None:
     with pytest.raises(InputError, match=r"must be bool or additive float, got torch.int64"):
         visible_scores(torch.ones(1, 1, 3, 3, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"must be bool or additive float, got torch.int32"):
-        split_mask(torch.ones(1, 1, 2, 2, dtype=torch.int32), k_len=2)
-
-
-def test_two_keys_or_fewer_have_a_dense_mask() -> None:
-    mask = polyattn_mask(1, 2, 2, attention_mask=torch.tensor([[False, True]]))
-    assert mask is not None
-    assert mask.dtype == torch.bool

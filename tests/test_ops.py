@@ -24,7 +24,7 @@ from hf_polyattn.spec import NORMALIZERS, POWERS
 Shape = tuple[int, int, int, int, int]  # B, H, G, Tq, Tk
 
 SHAPE: Shape = (2, 4, 2, 5, 7)
-# Those that run everywhere and in float64; tests/interpreter and tests/gpu test the kernels.
+# Those that run everywhere and in float64; test_cpu.py, tests/interpreter and tests/gpu test the kernels.
 backends = pytest.mark.parametrize("backend", ["chunked", "reference"])
 normalizers = pytest.mark.parametrize("normalizer", NORMALIZERS)
 
@@ -773,7 +773,8 @@ def test_wrong_input_is_named_with_what_is_allowed(case: str) -> None:
 
 def test_unknown_backend_is_named_with_the_known_ones() -> None:
     with pytest.raises(
-        BackendError, match=r"backend 'cuda' does not exist. Use one of \['auto', 'triton', 'chunked', 'reference'\]"
+        BackendError,
+        match=r"backend 'cuda' does not exist. Use one of \['auto', 'triton', 'cpu', 'chunked', 'reference'\]",
     ):
         polynomial_attention(*operands(), backend="cuda")
 

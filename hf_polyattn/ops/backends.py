@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,11 +38,13 @@ class Backend:
         fused: whether it runs behind the `torch.library` operator with a backward of its own; otherwise it
             is plain PyTorch that autograd and the compiler see through.
         why_not: the reason why it cannot run a problem, or None.
+        usable: whether this machine has what it needs; `auto` asks, after `why_not`, and warns once where not.
     """
 
     module: str
     fused: bool
     why_not: Callable[[Problem], str | None]
+    usable: Callable[[], bool] = lambda: True
 
     def load(self) -> ModuleType:
         """Returns the imported module of the backend."""
@@ -49,6 +53,31 @@ class Backend:
 
 def _reference_why_not(problem: Problem) -> str | None:
     return None
+
+
+def _cpu_why_not(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"it runs on CPUs, not on {problem.device}"
+    if problem.dtype == torch.float64:
+        return "it computes in float32, and the inputs are float64"
+    return _chunked_why_not(problem)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cpu_is_usable() -> bool:
+    return _cpu_kernels_load()
+
+
+@functools.cache
+def _cpu_kernels_load() -> bool:
+    from . import build
+
+    try:
+        build.load()
+    except BackendError as error:
+        warnings.warn(f"{error}\nhf_polyattn runs attention by PyTorch instead, some times slower.", stacklevel=2)
+        return False
+    return True
 
 
 def _chunked_why_not(problem: Problem) -> str | None:
@@ -98,6 +127,7 @@ def _triton_missing() -> str | None:
 # `auto` takes the first that has no objection.
 BACKENDS: dict[str, Backend] = {
     "triton": Backend("triton", fused=True, why_not=_triton_why_not),
+    "cpu": Backend("cpu", fused=True, why_not=_cpu_why_not, usable=_cpu_is_usable),
     "chunked": Backend("chunked", fused=True, why_not=_chunked_why_not),
     "reference": Backend("reference", fused=False, why_not=_reference_why_not),
 }
@@ -117,7 +147,7 @@ def select(name: str, problem: Problem) -> str:
     """
     check_name(name)
     if name == "auto":
-        return next(candidate for candidate, backend in BACKENDS.items() if backend.why_not(problem) is None)
+        return next(name for name, row in BACKENDS.items() if row.why_not(problem) is None and row.usable())
     reason = BACKENDS[name].why_not(problem)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run this call: {reason}. Use backend='reference' or 'auto'.")

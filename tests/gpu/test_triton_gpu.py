@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from error_budget import operands, outputs_and_gradients
-from triton_cases import BUMP, CASES, Case, errors, inputs, stretched
+from kernel_cases import BUMP, CASES, Case, errors, inputs, stretched
 
 from hf_polyattn import polynomial_attention
 from hf_polyattn.ops import tune

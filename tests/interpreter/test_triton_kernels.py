@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from error_budget import excess, operands, outputs_and_gradients
+from kernel_cases import BUMP, CASES, HALF, MASKS, Case, errors, inputs, interval, noise
 from torch import Tensor
-from triton_cases import BUMP, CASES, HALF, MASKS, Case, errors, inputs, interval, noise
 
 from hf_polyattn import BackendError, polynomial_attention
 from hf_polyattn.ops import library

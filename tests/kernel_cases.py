@@ -1,4 +1,4 @@
-"""The matrix of calls on which backend `triton` is compared with the oracle, in the interpreter and on a GPU."""
+"""The matrix of calls on which the kernels are compared with the oracle: `cpu`, `triton` interpreted, on a GPU."""
 
 from __future__ import annotations
 
@@ -154,16 +154,18 @@ def inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> tuple[list
     return [tensor.detach().to(device) for tensor in tensors], settings
 
 
-def errors(case: Case, dtype: torch.dtype, *, device: str = "cpu", draws: int = 2) -> dict[str, float]:
+def errors(
+    case: Case, dtype: torch.dtype, backend: str = "triton", *, device: str = "cpu", draws: int = 2
+) -> dict[str, float]:
     """Returns the error of the output and of every gradient over its budget, over some draws together."""
-    results: dict[str, list[dict[str, Tensor]]] = {"triton": [], "reference": [], "oracle": []}
+    results: dict[str, list[dict[str, Tensor]]] = {backend: [], "reference": [], "oracle": []}
     for seed in range(draws):
         tensors, settings = inputs(case, dtype, seed, device)
         for name, draw in results.items():
             torch.manual_seed(seed)  # the same dropout
             exact = [tensor.double() for tensor in tensors]
-            backend = "triton" if name == "triton" else "reference"
-            draw.append(outputs_and_gradients(exact if name == "oracle" else tensors, **settings, backend=backend))
+            run = backend if name == backend else "reference"
+            draw.append(outputs_and_gradients(exact if name == "oracle" else tensors, **settings, backend=run))
     names = results["oracle"][0]
     return {name: excess(*(torch.stack([d[name] for d in draws]) for draws in results.values())) for name in names}
 

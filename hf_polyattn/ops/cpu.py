@@ -1,0 +1,80 @@
+"""Backend `cpu`: the fused C++ kernels of `csrc/`, for bf16, fp16 and fp32 on CPUs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import NORMALIZERS
+from . import build
+from .call import Call
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale as `library` says."""
+    if _is_empty(call):
+        batch, heads, q_len, _ = call.query.shape
+        row_scale = torch.zeros((batch, heads, q_len) if call.normalizer == "l1" else (0,))
+        return call.query.new_zeros((batch, q_len, heads, call.value.shape[3])), row_scale
+    output, row_scale = _kernels().attention(*_arguments(call))
+    return output, row_scale
+
+
+def backward(
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call, *, coefficients_grad: bool, center_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none)."""
+    tensors = (call.query, call.key, call.value, call.coefficients)
+    if _is_empty(call):
+        query, key, value, coefficients = (torch.zeros(t.shape, dtype=t.dtype) for t in tensors)
+        center = torch.zeros((0,) if call.center is None else call.center.shape, dtype=call.coefficients.dtype)
+    else:
+        moments = coefficients_grad and not (call.monomial and call.normalizer == "l1")  # c·t^P over its sum knows no c
+        query, key, value, coefficients, center = _kernels().attention_backward(
+            _rows(grad_output), row_scale, moments, *_arguments(call)
+        )
+        if call.center is not None:
+            radius = 1.0 if call.radius is None else call.radius.float()[:, None]
+            center = center / -radius
+    if call.center is not None:
+        center = center.to(call.center.dtype)
+    return query, key, value, coefficients.to(call.coefficients.dtype), center
+
+
+def _kernels() -> Any:
+    build.load()
+    return torch.ops.polyattn_cpu
+
+
+def _is_empty(call: Call) -> bool:
+    return 0 in (*call.query.shape, *call.key.shape, *call.value.shape)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Returns a tensor whose last dimension is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """Returns what the C++ operators take: t = slope · score + offset, and masks expanded to their full shapes."""
+    batch, heads, q_len, _ = call.query.shape
+    radius = torch.ones(heads) if call.radius is None else call.radius.float()
+    return (
+        *(_rows(tensor.detach()) for tensor in (call.query, call.key, call.value)),
+        call.coefficients.detach().float().contiguous(),
+        call.scaling / radius,
+        None if call.center is None else call.center.detach().float() / -radius[:, None],
+        None if call.mask is None else call.mask.expand(batch, heads, q_len, -1),
+        None if call.ranges is None else call.ranges.expand(batch, q_len, -1),
+        call.seed,
+        call.causal,
+        call.window,
+        int(math.log2(call.power)),
+        NORMALIZERS.index(call.normalizer),
+        call.clamp,
+        call.monomial,
+        call.dropout,
+    )

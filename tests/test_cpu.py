@@ -1,0 +1,304 @@
+"""Backend `cpu`: the C++ kernels compute the formula of DESIGN.md, and are built once, by whoever comes first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from error_budget import excess, operands, outputs_and_gradients
+from kernel_cases import BUMP, CASES, MASKS, Case, errors, inputs, interval, noise
+from torch import Tensor
+
+from hf_polyattn import BackendError, polynomial_attention
+from hf_polyattn.ops import backends, build, library
+from hf_polyattn.ops.call import Call
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+# Beyond one tile of rows and of keys, one chunk of rows, and one part of the keys of a decoding step.
+LONG: dict[str, Case] = {
+    "T1000": Case(lambda s: interval(s, normalizer="l1", power=16), BUMP, (1, 2, 1, 1000, 1000), (64, 64)),
+    "T600-causal": Case(lambda s: interval(s, causal=True), BUMP, (1, 4, 2, 600, 600)),
+    "T300-window": Case(lambda s: {"window": 70, "normalizer": "mean"}, shape=(1, 2, 2, 300, 520)),
+    "odd-dims": Case(lambda s: interval(s, normalizer="l1"), BUMP, (2, 2, 1, 129, 63), (5, 3)),
+    "decode-long": Case(lambda s: interval(s, normalizer="l1", power=16), BUMP, (1, 8, 2, 1, 1300), (64, 64)),
+}
+ALL = {**CASES, **LONG}
+
+
+@dtypes
+@pytest.mark.parametrize("case", ALL)
+def test_kernels_are_within_the_error_budget(case: str, dtype: torch.dtype) -> None:
+    for name, error in errors(ALL[case], dtype, "cpu", draws=4).items():
+        assert error <= 1.0, name
+
+
+@pytest.mark.parametrize("case", [case for case in MASKS if "dropout" not in case])
+def test_a_mask_that_is_dropped_shows(case: str) -> None:
+    tensors, settings = inputs(CASES[case], torch.bfloat16, 0, "cpu")
+    without = {name: value for name, value in settings.items() if name not in ("mask", "ranges", "window", "causal")}
+    exact = polynomial_attention(*(tensor.double() for tensor in tensors), **settings, backend="reference")
+    same_dtype = polynomial_attention(*tensors, **settings, backend="reference")
+    assert excess(polynomial_attention(*tensors, **settings, backend="cpu"), same_dtype, exact) <= 1.0
+    assert excess(polynomial_attention(*tensors, **without, backend="cpu"), same_dtype, exact) > 2.0
+
+
+@pytest.mark.parametrize("wrong", [{"normalizer": "mean"}, {"power": 2}, {"clamp": False}, {"center": 0.0}], ids=str)
+def test_error_budget_notices_a_wrong_polynomial(wrong: dict[str, Any]) -> None:
+    tensors, settings = inputs(LONG["odd-dims"], torch.bfloat16, 0, "cpu")
+    exact = outputs_and_gradients([tensor.double() for tensor in tensors], **settings, backend="reference")
+    same_dtype = outputs_and_gradients(tensors, **settings, backend="reference")
+    candidate = outputs_and_gradients(tensors, **{**settings, **wrong}, backend="cpu")
+    for name in ("output", "query", "key", "value", "coefficients"):
+        assert excess(candidate[name], same_dtype[name], exact[name]) > 2.0, name
+
+
+def pattern(backend: str, probability: float, q_len: int) -> Tensor:
+    """The scale of every weight: values are the unit vectors and all weights 1."""
+    torch.manual_seed(0)
+    query, key, values = torch.zeros(2, 3, q_len, 1), torch.zeros(2, 3, 40, 1), torch.eye(40).expand(2, 3, 40, 40)
+    ones = torch.tensor([[1.0, 0.0]])
+    return polynomial_attention(query, key, values, ones, normalizer="none", dropout=probability, backend=backend)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("probability", [0.1, 0.6])
+def test_kernels_drop_the_weights_that_other_backends_drop(probability: float, q_len: int) -> None:
+    dropped = pattern("cpu", probability, q_len)
+    assert torch.equal(dropped, pattern("chunked", probability, q_len))
+    assert 0.0 < (dropped == 0).float().mean() < 1.0
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", ["T600-causal", "T1000", "decode-long", "dropout-l1-mask"])
+def test_two_runs_are_equal_to_the_bit(case: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    tensors, settings = inputs(ALL[case], torch.bfloat16, 0, "cpu")
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        runs.append(outputs_and_gradients(tensors, **settings, backend="cpu"))
+    for name, first in runs[0].items():
+        assert all(torch.equal(first, run[name]) for run in runs[1:]), name
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("case", ["T600-causal", "T1000", "decode-long"])
+def test_another_number_of_threads_stays_within_the_budget(case: str) -> None:
+    torch.set_num_threads(2)
+    for name, error in errors(ALL[case], torch.float32, "cpu").items():
+        assert error <= 1.0, name
+
+
+@dtypes
+@pytest.mark.parametrize("normalizer", ["rsqrt", "l1"])
+@pytest.mark.parametrize("power", [1, 4])
+def test_rows_that_see_nothing_are_zero_and_harmless(normalizer: str, power: int, dtype: torch.dtype) -> None:
+    tensors = operands((2, 2, 1, 18, 20), head_dim=16, value_dim=16, dtype=dtype)
+    with torch.no_grad():
+        tensors[1][:, :, 6] = 3e4  # its weight overflows
+    mask = (torch.arange(20) != 6).expand(2, 1, 18, 20).clone()
+    mask[0, :, :2] = False
+    settings: dict[str, Any] = {"normalizer": normalizer, "power": power, "radius": 8.0, "backend": "cpu"}
+    results = outputs_and_gradients(tensors, mask=mask, grad_scale=100.0, **settings)
+    assert results["output"][0, :2].abs().max() == results["query"][0, :, :2].abs().max() == 0.0
+    assert results["key"][:, :, 6].abs().max() == results["value"][:, :, 6].abs().max() == 0.0
+    assert results["output"][0, 2:].abs().max() > 0.0
+    assert all(bool(result.isfinite().all()) for result in results.values())
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 4), (2, 2, 1, 0, 4), (2, 2, 1, 3, 0)], ids=str)
+@pytest.mark.parametrize("normalizer", ["rsqrt", "l1"])
+def test_empty_tensors_give_zeros(shape: Any, normalizer: str) -> None:
+    tensors = operands(shape, dtype=torch.bfloat16)
+    output = polynomial_attention(*tensors, normalizer=normalizer, center=torch.ones(2), backend="cpu")
+    assert torch.equal(output, torch.zeros(shape[0], shape[3], shape[1], 3, dtype=torch.bfloat16))
+    output.sum().backward()
+    assert all(torch.equal(tensor.grad, torch.zeros_like(tensor)) for tensor in tensors)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "last-dim-strided"])
+def test_any_strides_are_read_where_they_lie(layout: str) -> None:
+    tensors = [
+        tensor.detach() for tensor in operands((2, 2, 2, 20, 20), head_dim=16, value_dim=16, dtype=torch.bfloat16)
+    ]
+    expected = polynomial_attention(*tensors, backend="cpu")
+    if layout == "expanded":
+        tensors[1:3] = [tensor[:1].expand(2, -1, -1, -1) for tensor in tensors[1:3]]
+        expected = polynomial_attention(*(tensor.contiguous() for tensor in tensors), backend="cpu")
+    elif layout == "sliced":
+        fused = torch.cat(tensors[:3], dim=-1)
+        tensors[:3] = fused[..., :16], fused[..., 16:32], fused[..., 32:]
+    else:
+        tensors[:3] = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in tensors[:3]]
+    assert torch.equal(polynomial_attention(*tensors, backend="cpu"), expected)
+
+
+# The operator and the compiler ----------------------------------------------------------------------------------
+
+
+def attend(*tensors: Tensor) -> Tensor:
+    query, key, value, coefficients, center = tensors
+    return polynomial_attention(
+        query, key, value, coefficients, causal=True, center=center, radius=2.0, clamp=True, power=2, normalizer="l1",
+        backend="auto",
+    )  # fmt: skip
+
+
+@dtypes
+def test_compiled_operator_equals_eager_at_every_length(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for length in (12, 19, 23, 31):
+        tensors = operands((2, 4, 2, length, length), dtype=dtype)
+        tensors.append(noise(2, 4, length).requires_grad_())
+        results = []
+        for function in (attend, compiled):
+            output = function(*tensors)
+            results.append((output, *torch.autograd.grad(output.float().square().sum(), tensors)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalizer": "l1", "power": 4, "clamp": True, "radius": 2.0}], ids=str)
+def test_operator_obeys_the_library_contract(settings: dict[str, Any]) -> None:
+    call = Call(
+        *(tensor.detach() for tensor in operands((2, 4, 2, 20, 12), dtype=torch.bfloat16)),
+        mask=None, ranges=None, center=noise(2, 4, 20), radius=None, seed=None, causal=True, window=5, scaling=0.5,
+        power=settings.get("power", 1), normalizer=settings.get("normalizer", "rsqrt"),
+        clamp=settings.get("clamp", False), monomial=False, dropout=0.0,
+    )  # fmt: skip
+    arguments = [getattr(call, name) for name in Call.__slots__]
+    torch.library.opcheck(library.attention, (*arguments, "cpu"))
+    output, row_scale = library.attention(*arguments, "cpu")
+    kept = output if row_scale.numel() else output.new_zeros((0,))
+    gradient_arguments = (torch.randn_like(output), kept, row_scale, True, True, *arguments, "cpu")
+    torch.library.opcheck(library.attention_backward, gradient_arguments)
+
+
+def test_auto_takes_the_kernels_and_float64_the_reference_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    load = backends.Backend.load
+    monkeypatch.setattr(backends.Backend, "load", lambda row: chosen.append(row.module) or load(row))
+    polynomial_attention(*operands(dtype=torch.bfloat16))
+    polynomial_attention(*operands(dtype=torch.float64))
+    assert chosen == ["cpu", "chunked"]
+    with pytest.raises(BackendError, match=r"'cpu' cannot run this call: it computes in float32, .* float64"):
+        polynomial_attention(*operands(dtype=torch.float64), backend="cpu")
+
+
+# The build ------------------------------------------------------------------------------------------------------
+
+SMALL_MATRIX = ("interval", "power16", "packed-causal", "dropout-l1-mask", "D80", "grouped", "decode3-l1", "odd-dims")
+RUN_SMALL_MATRIX = f"""
+import torch
+from test_cpu import ALL, errors
+capability = torch.backends.cpu.get_cpu_capability()
+for case in {SMALL_MATRIX!r}:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        worst = max(errors(ALL[case], dtype, "cpu", draws=4).values())
+        assert worst <= 1.0, (case, dtype, worst)
+print(capability, "passed")
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_kernels_for_lesser_machines_are_right_too(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    # oneDNN reads its own variable: without it, it multiplies as on this machine
+    environment["ONEDNN_MAX_CPU_ISA"] = {"avx2": "AVX2", "default": "SSE41"}[capability]
+    command = [sys.executable, "-c", RUN_SMALL_MATRIX]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-2:] == [capability.upper(), "passed"]
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A source that compiles at once in place of the kernels, an empty cache, and a compiler that logs its calls."""
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "attention.cpp").write_text('extern "C" int polyattn() { return 7; }')
+    wrapper = tmp_path / "logging-compiler"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {build.compiler()} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("POLYATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setattr(build, "_SOURCES", folder)
+    return folder
+
+
+def compiled(sources: Path) -> int:
+    calls = sources.parent / "calls"
+    return sum(" -c " in line for line in calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_a_library_is_built_once_for_its_source(sources: Path, capsys: Any) -> None:
+    first = build.build()
+    assert capsys.readouterr().err.startswith("hf_polyattn: compiling the CPU kernels, once, into ")
+    assert build.build() == first
+    assert capsys.readouterr().err == ""
+    assert compiled(sources) == 1
+    (sources / "attention.cpp").write_text('extern "C" int polyattn() { return 8; }')
+    assert build.build() != first
+    assert compiled(sources) == 2
+    assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".lock", ".so", ".so"]
+
+
+def test_two_processes_build_one_library(sources: Path) -> None:
+    code = (
+        "import pathlib, sys; from hf_polyattn.ops import build; build._SOURCES = pathlib.Path(sys.argv[1]); "
+        "print(build.build())"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(sources)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(paths) == 1
+    assert Path(paths.pop()).is_file()
+    assert compiled(sources) == 1
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(sources: Path, capsys: Any) -> None:
+    (sources / "attention.cpp").write_text("this is no C++")
+    with pytest.raises(build.BuildError, match=r"do not compile: .*logging-compiler(.|\n)*error(.|\n)*this is no C"):
+        build.build()
+    assert [path.suffix for path in build.cache_folder().iterdir()] == [".lock"]
+    assert capsys.readouterr().err.endswith(" failed\n")
+
+
+def test_without_a_compiler_auto_warns_once_and_uses_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    uncached = backends._cpu_kernels_load.__wrapped__
+    monkeypatch.setattr(build, "load", lambda: build.build())
+    with pytest.warns(UserWarning, match=r"need a C\+\+ compiler, and none was found(.|\n)*runs attention by PyTorch"):
+        assert not uncached()
+    tensors = operands(dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match=r"need a C\+\+ compiler, and none was found. Install g\+\+ or clang\+\+"):
+        polynomial_attention(*tensors, backend="cpu")
+
+
+def test_a_cache_that_cannot_be_written_is_named(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYATTN_CACHE", str(sources / "attention.cpp" / "inside-a-file"))
+    with pytest.raises(build.BuildError, match=r"cannot be written to .*inside-a-file.*Set \$POLYATTN_CACHE"):
+        build.build()
