@@ -54,18 +54,19 @@ def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     device = torch.device("cuda", 0)
     tuning.configuration.cache_clear()
-    shipped = tuning.shipped_tables()[90]
-    assert tuning.configuration("forward", torch.bfloat16, 80, False, device) == shipped["forward"]["bfloat16-128"]
+    shipped, keys = tuning.shipped_tables()[90], tuning.keys(torch.bfloat16, 80)
+    assert keys == ("bfloat16-128",)
+    assert tuning.configuration("forward", keys, device) == shipped["forward"]["bfloat16-128"]
 
     own = Configuration(32, 16, 2, 1)
     path = tuning.write_table({"forward": {"bfloat16-128": own}}, "NVIDIA H200 (test)", tmp_path)
     assert path == tmp_path / "nvidia-h200-test.json"
     assert list(tmp_path.iterdir()) == [path]  # no partial file is left
-    assert tuning.configuration("forward", torch.bfloat16, 80, False, device) == own
-    assert tuning.configuration("forward", torch.bfloat16, 64, False, device) == shipped["forward"]["bfloat16-64"]
+    assert tuning.configuration("forward", keys, device) == own
+    assert tuning.configuration("forward", tuning.keys(torch.bfloat16, 64), device) == shipped["forward"]["bfloat16-64"]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     tuning.configuration.cache_clear()
     older = tuning.shipped_tables()[80]["decode"]["float16-64"]
-    assert tuning.configuration("decode", torch.float16, 64, True, device) == older
+    assert tuning.configuration("decode", tuning.keys(torch.float16, 64, True, True), device) == older
     tuning.configuration.cache_clear()

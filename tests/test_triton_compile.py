@@ -55,11 +55,12 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shipped(capability: int) -> Any:
+    from hf_polyattn.ops.triton import table_keys
+
     table = shipped_tables()[capability]
 
     def configuration(kernel: str, call: Call) -> Configuration:
-        width = max(call.query.shape[3], call.value.shape[3])
-        return row_of(table, kernel, call.query.dtype, width, call.monomial)
+        return row_of(table, kernel, table_keys(call))
 
     return configuration
 
@@ -68,10 +69,12 @@ def shipped(capability: int) -> Any:
 def test_shipped_configurations_compile_without_spills(case: Case) -> None:
     capability, dtype, spec, dim, causal = case
     with compiling_for(capability, shipped(capability)) as compiled:
-        run_all(make_call(head_dim=dim, dtype=dtype, causal=causal, heads=(16, 8), **SPECS[spec]))
+        run_all(make_call(head_dim=dim, dtype=dtype, causal=causal, **SPECS[spec]))
+    with compiling_for(capability, shipped(capability), ("grad_key_value", "decode")) as grouped:
+        run_all(make_call(head_dim=dim, dtype=dtype, causal=causal, heads=(16, 4), **SPECS[spec]))
     kernels = {"forward", "grad_query", "grad_key_value", "decode", "decode_sum"}
     assert {resources.kernel for resources in compiled} == kernels | ({"delta"} if "l1" in spec else set())
-    for resources in compiled:
+    for resources in (*compiled, *grouped):
         assert resources.spilled == 0, resources
         assert resources.shared <= SHARED_MEMORY[capability], resources
         assert not resources.serialized, resources

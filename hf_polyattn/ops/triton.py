@@ -17,7 +17,7 @@ from torch import Tensor
 from . import triton_backward, triton_forward
 from .call import Call
 from .triton_blocks import Dropout, Operand, Scores, Static, Visibility
-from .tuning import Configuration, configuration
+from .tuning import Configuration, configuration, keys
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # In the interpreter, which has no device: small blocks, so that short sequences cross block boundaries.
@@ -165,8 +165,13 @@ def compile_options(tuned: Configuration) -> dict[str, Any]:
 def _configuration(kernel: str, call: Call) -> Configuration:
     if _INTERPRETED:
         return _INTERPRETED_CONFIGURATION
+    return configuration(kernel, table_keys(call), call.query.device)
+
+
+def table_keys(call: Call) -> tuple[str, ...]:
+    """Returns the keys of a tuning table that fit a call, the best first."""
     width = max(call.query.shape[3], call.value.shape[3])
-    return configuration(kernel, call.query.dtype, width, call.monomial, call.query.device)
+    return keys(call.query.dtype, width, call.monomial, call.query.shape[1] > call.key.shape[1])
 
 
 def _static(call: Call, tuned: Configuration) -> Static:

@@ -76,12 +76,15 @@ def tune(
         report: gets a line for every row of the table.
     """
     table: Table = {kernel: {} for kernel in candidates}
-    for dtype, width, monomial in product(dtypes, widths, (True, False)):
-        call = _call(device, dtype, width, length, monomial)
+    variants: tuple[dict[str, bool], ...] = ({"monomial": True}, {}, {"grouped": True})
+    for dtype, width, variant in product(dtypes, widths, variants):
+        call = _call(device, dtype, width, length, **variant)
         for kernel, rows in candidates.items():
+            if "grouped" in variant and kernel != "grad_key_value":
+                continue
             best = _fastest(kernel, rows, call, measure)
             if best is not None:
-                key = keys(dtype, width, monomial)[0]
+                key = keys(dtype, width, **variant)[0]
                 table[kernel][key], spent = best
                 report(f"{kernel} {key}: {tuple(table[kernel][key])}, {spent:.3f} ms")
     return write_table(table, name, local_folder() if folder is None else folder)
@@ -134,10 +137,15 @@ def _trying(kernel: str, row: Configuration, backend: Any) -> Iterator[None]:
         backend._configuration = usual
 
 
-def _call(device: torch.device, dtype: torch.dtype, width: int, length: int, monomial: bool) -> Call:
+def _call(
+    device: torch.device, dtype: torch.dtype, width: int, length: int, monomial: bool = False, grouped: bool = False
+) -> Call:
     """A causal call of 2^16 rows: the bare cubic, or the degree 4 over its row sum that calibration sets."""
     batch, heads = max(1, 2**13 // length), 8
-    query, key, value = (torch.randn(batch, heads, length, width, device=device, dtype=dtype) for _ in range(3))
+    groups = 2 if grouped else heads
+    query, key, value = (
+        torch.randn(batch, count, length, width, device=device, dtype=dtype) for count in (heads, groups, groups)
+    )
     row = [0.0, 0.0, 0.0, 1.0] if monomial else [1.0, 1.0, 1 / 2, 1 / 6, 1 / 24]
     return Call(
         query=query,

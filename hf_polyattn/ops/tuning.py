@@ -1,8 +1,8 @@
 """Block sizes of the Triton kernels, from the JSON tables in `tuning/` and those that `tune` wrote on this machine.
 
 A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of 64,
-128 and 256 that holds D and Dv. "<dtype>-<width>-monomial", where it is there, is for monomials, which need fewer
-registers. Nothing is timed when a kernel is first called.
+128 and 256 that holds D and Dv. "-grouped" behind it, where it is there, is for query heads that share key heads, which
+need more registers, and "-monomial" for monomials, which need fewer. Nothing is timed when a kernel is first called.
 """
 
 from __future__ import annotations
@@ -67,20 +67,21 @@ def shipped_tables() -> dict[int, Table]:
     return dict(sorted((int(path.stem.removeprefix("sm")), read_table(path)) for path in paths))
 
 
-def keys(dtype: torch.dtype, width: int, monomial: bool) -> tuple[str, ...]:
+def keys(dtype: torch.dtype, width: int, monomial: bool = False, grouped: bool = False) -> tuple[str, ...]:
     """Returns the keys of a table's rows that fit a call, the best first."""
     key = f"{str(dtype).removeprefix('torch.')}-{next(limit for limit in WIDTHS if width <= limit)}"
-    return (f"{key}-monomial", key) if monomial else (key,)
+    variants = (f"{key}-grouped",) * grouped + (f"{key}-monomial",) * monomial
+    return (*variants, key)
 
 
-def row_of(table: Table, kernel: str, dtype: torch.dtype, width: int, monomial: bool) -> Configuration | None:
+def row_of(table: Table, kernel: str, keys: tuple[str, ...]) -> Configuration | None:
     """Returns the configuration of a kernel in one table, None if it has none."""
     rows = table.get(kernel, {})
-    return next((rows[key] for key in keys(dtype, width, monomial) if key in rows), None)
+    return next((rows[key] for key in keys if key in rows), None)
 
 
 @functools.cache
-def configuration(kernel: str, dtype: torch.dtype, width: int, monomial: bool, device: torch.device) -> Configuration:
+def configuration(kernel: str, keys: tuple[str, ...], device: torch.device) -> Configuration:
     """Returns the configuration of a kernel.
 
     A table for the device's name comes first, from `local_folder` and then from this package; then the shipped one
@@ -88,9 +89,7 @@ def configuration(kernel: str, dtype: torch.dtype, width: int, monomial: bool, d
 
     Args:
         kernel: one of KERNELS.
-        dtype: of query, key and value.
-        width: the larger of D and Dv, at most 256.
-        monomial: whether only the highest coefficient counts.
+        keys: of the rows that fit the call, the best first.
         device: a CUDA device.
     """
     name = f"{_slug(torch.cuda.get_device_name(device))}.json"
@@ -99,10 +98,10 @@ def configuration(kernel: str, dtype: torch.dtype, width: int, monomial: bool, d
     shipped = shipped_tables()
     nearest = max(capability for capability in shipped if capability <= max(10 * major + minor, min(shipped)))
     for table in (*named, shipped[nearest]):
-        row = row_of(table, kernel, dtype, width, monomial)
+        row = row_of(table, kernel, keys)
         if row is not None:
             return row
-    raise KeyError(f"no configuration of {kernel} for {dtype}, width {width}")  # tests/test_triton.py: never
+    raise KeyError(f"no configuration of {kernel} for {keys[-1]}")  # tests/test_triton.py: never
 
 
 def _slug(device: str) -> str:

@@ -108,5 +108,5 @@ def test_tuning_writes_a_table_that_is_used(tmp_path: Any, monkeypatch: pytest.M
     device = torch.device("cuda", 0)
     candidates = {"forward": (row,)}
     tune.tune(device, name, dtypes=[torch.bfloat16], widths=[64], candidates=candidates, report=lambda line: None)
-    assert tuning.configuration("forward", torch.bfloat16, 64, True, device) == row
+    assert tuning.configuration("forward", tuning.keys(torch.bfloat16, 64, True), device) == row
     tuning.configuration.cache_clear()

@@ -264,4 +264,4 @@ def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, mo
     assert path.name == "a-device.json"
     expected = Configuration(16, 32, 4, 1)
     assert read_table(path) == {"forward": {"float32-64-monomial": expected, "float32-64": expected}}
-    assert backend._configuration("forward", tune._call(torch.device("cpu"), torch.float32, 64, 17, True)) != expected
+    assert backend._configuration("forward", tune._call(torch.device("cpu"), torch.float32, 64, 17)) != expected
