@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -36,9 +35,6 @@ def backward(
         query, key, value, coefficients, center = _kernels().attention_backward(
             _rows(grad_output), row_scale, moments, *_arguments(call)
         )
-        if call.center is not None:
-            radius = 1.0 if call.radius is None else call.radius.float()[:, None]
-            center = center / -radius
     if call.center is not None:
         center = center.to(call.center.dtype)
     return query, key, value, coefficients.to(call.coefficients.dtype), center
@@ -58,21 +54,25 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float()
+
+
 def _arguments(call: Call) -> tuple[Any, ...]:
-    """Returns what the C++ operators take: t = slope · score + offset, and masks expanded to their full shapes."""
+    """Returns what the C++ operators take: the call, parameters in float32 and masks expanded to their full shapes."""
     batch, heads, q_len, _ = call.query.shape
-    radius = torch.ones(heads) if call.radius is None else call.radius.float()
     return (
         *(_rows(tensor.detach()) for tensor in (call.query, call.key, call.value)),
         call.coefficients.detach().float().contiguous(),
-        call.scaling / radius,
-        None if call.center is None else call.center.detach().float() / -radius[:, None],
+        _float(call.center),
+        _float(call.radius),
         None if call.mask is None else call.mask.expand(batch, heads, q_len, -1),
         None if call.ranges is None else call.ranges.expand(batch, q_len, -1),
         call.seed,
         call.causal,
         call.window,
-        int(math.log2(call.power)),
+        call.scaling,
+        call.power.bit_length() - 1,
         NORMALIZERS.index(call.normalizer),
         call.clamp,
         call.monomial,

@@ -90,13 +90,15 @@ struct View {
 struct Call {
   int64_t batch, heads, groups, q_len, k_len, head_dim, value_dim, terms;
   Tensor query, key, value;
-  View<float> coefficients, slope;  // (H, P + 1), (H)
-  View<float> offset;               // (B, H, Tq): −center / radius
-  View<bool> mask;                  // (B, H, Tq, Tk)
-  View<int32_t> ranges;             // (B, Tq, 2)
-  View<int64_t> seed;               // (1)
+  View<float> coefficients;  // (H, P + 1)
+  View<float> center;        // (B, H, Tq)
+  View<float> radius;        // (H)
+  View<bool> mask;           // (B, H, Tq, Tk)
+  View<int32_t> ranges;      // (B, Tq, 2)
+  View<int64_t> seed;        // (1)
   bool causal;
   optional<int64_t> window;
+  double scaling;
   int64_t squarings, normalizer;
   bool clamp, monomial;
   double dropout;
@@ -104,12 +106,16 @@ struct Call {
   int64_t repeats() const { return heads / groups; }
   bool l1() const { return normalizer == kL1; }
 
+  double radius_of(int64_t head) const { return radius ? *radius(head, 0, 0) : 1.0; }
+
   Polynomial polynomial(int64_t head) const {
-    return {coefficients(head, 0, 0), static_cast<int>(terms - 1), static_cast<int>(squarings), *slope(head, 0, 0),
-            l1(), clamp, monomial};
+    return {coefficients(head, 0, 0), static_cast<int>(terms - 1), static_cast<int>(squarings),
+            static_cast<float>(scaling / radius_of(head)), l1(), clamp, monomial};
   }
 
-  float row_offset(int64_t b, int64_t h, int64_t i) const { return offset ? *offset(b, h, i) : 0.0f; }
+  float row_offset(int64_t b, int64_t h, int64_t i) const {
+    return center ? static_cast<float>(-*center(b, h, i) / radius_of(h)) : 0.0f;
+  }
 
   // The keys that a row may see, but for the mask.
   Range visible(int64_t b, int64_t i) const {
@@ -473,7 +479,7 @@ void decode(const Call& call, const Tensor& output, const Tensor& row_scale) {
 // Backward -------------------------------------------------------------------------------------------------------
 
 struct Gradients {
-  Tensor query, key, value, coefficients, offset;
+  Tensor query, key, value, coefficients, center;
 };
 
 template <typename scalar_t, typename mm_t>
@@ -491,7 +497,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
   auto* grad_queries = gradients.query.mutable_data_ptr<scalar_t>();
   auto* to_key = gradients.key.mutable_data_ptr<scalar_t>();
   auto* to_value = gradients.value.mutable_data_ptr<scalar_t>();
-  auto* grad_offset = gradients.offset.mutable_data_ptr<float>();
+  auto* grad_center = gradients.center.mutable_data_ptr<float>();
   const View<float> row_scales(row_scale);
   const int64_t scores = call.l1() ? rows * call.k_len : tile;
   const View<scalar_t> queries(call.query), all_keys(call.key), all_values(call.value);
@@ -499,14 +505,15 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
   const bool hides = static_cast<bool>(call.mask);
   // Of every task: gradients of keys and values, and of the coefficients of its heads.
   const int64_t partial_size = call.k_len * (head_dim + value_dim);
-  const Buffer<float> partial(pairs * chunks.count * partial_size);
+  const bool alone = chunks.count == 1;  // else its gradients of keys and values wait for those of the other chunks
+  const Buffer<float> partial(alone ? 0 : pairs * chunks.count * partial_size);
   std::vector<double> grad_coefficients(pairs * chunks.count * call.repeats() * terms, 0.0);
 
   struct Memory {
     Buffer<mm_t> key_rows, value_rows, keys_transposed;
     Buffer<mm_t> query_rows, query_columns, query_packed, grad_rows, grad_columns, grad_packed;
     Buffer<mm_t> weights, grad_scores, grad_scores_packed;
-    Buffer<float> scores, grad_weights, visible, kept, row_values, sums, grad_query, grad_query_rows;
+    Buffer<float> scores, grad_weights, visible, kept, row_values, sums, grad_query, grad_query_rows, partial;
   };
   auto make = [&] {
     return Memory{Buffer<mm_t>(call.k_len * depth),    Buffer<mm_t>(call.k_len * width),
@@ -518,7 +525,8 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
                   Buffer<float>(scores),               Buffer<float>(scores),
                   Buffer<float>(tile),                 Buffer<float>(call.seed ? tile : 0),
                   Buffer<float>(3 * rows),             Buffer<float>(sum_count * rows),
-                  Buffer<float>(head_dim * rows),      Buffer<float>(rows * head_dim)};
+                  Buffer<float>(head_dim * rows),      Buffer<float>(rows * head_dim),
+                  Buffer<float>(alone ? partial_size : 0)};
   };
 
   run_tasks(pairs * chunks.count, make, [&](int64_t task, Memory& memory) {
@@ -535,7 +543,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
         operand<scalar_t, mm_t>(all_values(entry, group, 0), all_values.strides[2], call.k_len,
                                 value_dim, memory.value_rows);
     transpose(key_operand, ld_key, call.k_len, head_dim, static_cast<mm_t*>(memory.keys_transposed), padded_keys, padded_keys);
-    float* grad_key = partial + (pair * chunks.count + chunk) * partial_size;
+    float* grad_key = alone ? memory.partial : partial + (pair * chunks.count + chunk) * partial_size;
     float* grad_value = grad_key + call.k_len * head_dim;
     std::fill_n(grad_key, partial_size, 0.0f);
     float *offsets = memory.row_values, *scales = offsets + rows, *deltas = scales + rows;
@@ -632,14 +640,18 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
         const int64_t row = (entry * call.heads + block.head) * call.q_len + block.first + i;
         store_row(memory.grad_query_rows + i * head_dim, 1.0f, head_dim, grad_queries + row * head_dim);
         for (int64_t k = 0; k < terms; ++k) grad_c[k] += sums.moment(k)[i];
-        if (call.offset) grad_offset[row] = sums.slope()[i];
+        if (call.center) grad_center[row] = static_cast<float>(-sums.slope()[i] / call.radius_of(block.head));
       }
+    }
+    if (alone) {
+      store_row(grad_key, 1.0f, call.k_len * head_dim, to_key + pair * call.k_len * head_dim);
+      store_row(grad_value, 1.0f, call.k_len * value_dim, to_value + pair * call.k_len * value_dim);
     }
     release<mm_t>();
   });
 
   // Adds the chunks in order.
-  at::parallel_for(0, pairs * call.k_len, 64, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, alone ? 0 : pairs * call.k_len, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t pair = n / call.k_len, j = n % call.k_len;
       float* first = partial + pair * chunks.count * partial_size;
@@ -666,9 +678,9 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
 // The operators --------------------------------------------------------------------------------------------------
 
 Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& coefficients,
-               const Tensor& slope, const optional<Tensor>& offset, const optional<Tensor>& mask,
+               const optional<Tensor>& center, const optional<Tensor>& radius, const optional<Tensor>& mask,
                const optional<Tensor>& ranges, const optional<Tensor>& seed, bool causal, optional<int64_t> window,
-               int64_t squarings, int64_t normalizer, bool clamp, bool monomial, double dropout) {
+               double scaling, int64_t squarings, int64_t normalizer, bool clamp, bool monomial, double dropout) {
   return {query.size(0),
           query.size(1),
           key.size(1),
@@ -681,13 +693,14 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
           key,
           value,
           View<float>(coefficients),
-          View<float>(slope),
-          View<float>(offset),
+          View<float>(center),
+          View<float>(radius),
           View<bool>(mask),
           View<int32_t>(ranges),
           View<int64_t>(seed),
           causal,
           window,
+          scaling,
           squarings,
           normalizer,
           clamp,
@@ -739,24 +752,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tens
                       at::empty(call.value.sizes(), options),
                       at::empty({call.heads, call.terms}, options.dtype(at::kFloat)),
                       at::empty({0}, options.dtype(at::kFloat))};
-  if (call.offset) {
-    gradients.offset = at::empty({call.batch, call.heads, call.q_len}, options.dtype(at::kFloat));
+  if (call.center) {
+    gradients.center = at::empty({call.batch, call.heads, call.q_len}, options.dtype(at::kFloat));
   }
   POLYATTN_DISPATCH(call.query.scalar_type(), backward, call, grad_output, row_scale, coefficients_grad, gradients);
-  return {gradients.query, gradients.key, gradients.value, gradients.coefficients, gradients.offset};
+  return {gradients.query, gradients.key, gradients.value, gradients.coefficients, gradients.center};
 }
 
 }  // namespace
 }  // namespace polyattn
 
 #define POLYATTN_ARGUMENTS                                                                                       \
-  "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor slope, Tensor? offset, Tensor? mask, "    \
-  "Tensor? ranges, Tensor? seed, bool causal, int? window, int squarings, int normalizer, bool clamp, "          \
-  "bool monomial, float dropout"
+  "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? center, Tensor? radius, Tensor? mask, "  \
+  "Tensor? ranges, Tensor? seed, bool causal, int? window, float scaling, int squarings, int normalizer, "       \
+  "bool clamp, bool monomial, float dropout"
 #define POLYATTN_TYPES                                                                                             \
-  at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, \
-      std::optional<at::Tensor>, std::optional<at::Tensor>, bool, std::optional<int64_t>, int64_t, int64_t, bool,  \
-      bool, double
+  at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>,            \
+      std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, bool,                       \
+      std::optional<int64_t>, double, int64_t, int64_t, bool, bool, double
 
 TORCH_LIBRARY(polyattn_cpu, library) {
   library.def("attention(" POLYATTN_ARGUMENTS ") -> (Tensor, Tensor)");
