@@ -83,6 +83,7 @@ SPECS: dict[str, Case] = {
     "interval": Case(interval, BUMP),
     "center-per-head": Case(lambda s: {"center": noise(s[1])}),
     "radius": Case(constant(radius=1.7, scaling=0.4)),
+    "scaling0": Case(lambda s: interval(s, scaling=0.0), BUMP),
     **{
         f"power{power}": Case(lambda s, p=power: interval(s, power=p, normalizer="l1", causal=True), BUMP)
         for power in (1, 2, 4, 8, 16, 32)

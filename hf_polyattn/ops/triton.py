@@ -194,20 +194,9 @@ def _static(call: Call, tuned: Configuration) -> Static:
         precision="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         head_dim=head_dim,
         value_dim=value_dim,
-        head_chunks=chunks(head_dim),
-        value_chunks=chunks(value_dim),
         block_m=tuned.block_m,
         block_n=tuned.block_n,
     )
-
-
-def chunks(dim: int) -> tuple[tuple[int, int], ...]:
-    """Returns (first column, width) of at most two tiles that hold `dim` columns; widths are powers of 2 from 16."""
-    first = max(16, 1 << (dim.bit_length() - 1))
-    if dim <= first:
-        return ((0, first),)
-    rest = max(16, _power_of_two(dim - first))
-    return ((0, 2 * first),) if rest == first else ((0, first), (first, rest))
 
 
 def _operand(tensor: Tensor) -> Operand:

@@ -33,6 +33,7 @@ from .triton_blocks import (
     scale_slopes,
     store_rows,
     subtract_delta,
+    zero_rows,
 )
 
 
@@ -43,14 +44,14 @@ def _delta_block(
 ):  # fmt: skip
     """Adds the keys start..start + block_n to the sum of w·g."""
     even: tl.constexpr = S.k_even or not MASKED
-    k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_chunks, S.head_dim, even)
-    v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_chunks, S.value_dim, even)
-    w = compute_weights(compute_t(multiply_transposed(q, k, len(S.head_chunks), S), a, b, scores, S), c, S)
+    k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
+    v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_dim, even)
+    w = compute_weights(compute_t(multiply_transposed(q, k, S), a, b, scores, S), c, S)
     columns = (start + tl.arange(0, S.block_n))[None, :]
     if MASKED:
         w = tl.where(find_visible(low, high, mask_rows, columns, visibility), w, 0.0)
     w = drop(w, words, columns, dropout)
-    return total + tl.sum(w * multiply_transposed(do, v, len(S.value_chunks), S), 1)
+    return total + tl.sum(w * multiply_transposed(do, v, S), 1)
 
 
 @triton.jit
@@ -75,21 +76,17 @@ def delta_kernel(
     factor = compute_factor(c, a, S)
     scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
     do = load_rows(
-        locate(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim,
-        S.q_even,
-    )  # fmt: skip
+        locate(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_dim, S.q_even
+    )
     if EXACT:
         low, high = find_interval(visibility, entry, rows, S)
         mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
         words = hash_rows(dropout, visibility, entry, head, heads, rows)[:, None]
         b = load_offset(scores, entry, head, rows, inverse_radius)[:, None]
-        q = load_rows(
-            locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_chunks, S.head_dim,
-            S.q_even,
-        )  # fmt: skip
+        q = load_rows(locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_dim, S.q_even)
         k = (locate(key, entry, head // repeats), key.row)
         v = (locate(value, entry, head // repeats), value.row)
-        total = tl.zeros((S.block_m,), tl.float32)
+        total = zero_rows(S.block_m)
         begin, end, whole, stop = find_key_blocks(low, high, visibility, S)
         for start in tl.range(whole, stop, S.block_n):
             total = _delta_block(
@@ -105,10 +102,8 @@ def delta_kernel(
                 )  # fmt: skip
         total *= tl.load(row_scale + scales) * tl.abs(factor)
     else:
-        o = load_rows(
-            locate(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim, S.q_even
-        )
-        total = dot_rows(do, o, len(S.value_chunks)) * tl.where(factor < 0.0, -1.0, 1.0) / keep_scale_of(dropout)
+        o = load_rows(locate(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_dim, S.q_even)
+        total = dot_rows(do, o) * tl.where(factor < 0.0, -1.0, 1.0) / keep_scale_of(dropout)
     tl.store(delta + scales, total, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
 
 
@@ -119,10 +114,10 @@ def _grad_query_block(
 ):  # fmt: skip
     """Adds the keys start..start + block_n to the sums of dt·k, dp·t^k and dt."""
     even: tl.constexpr = S.k_even or not MASKED
-    k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_chunks, S.head_dim, even)
-    v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_chunks, S.value_dim, even)
-    t = compute_t(multiply_transposed(q, k, len(S.head_chunks), S), a, b, scores, S)
-    dw = multiply_transposed(do, v, len(S.value_chunks), S)
+    k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
+    v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_dim, even)
+    t = compute_t(multiply_transposed(q, k, S), a, b, scores, S)
+    dw = multiply_transposed(do, v, S)
     columns = (start + tl.arange(0, S.block_n))[None, :]
     if MASKED:  # t too: what is hidden may overflow
         visible = find_visible(low, high, mask_rows, columns, visibility)
@@ -139,7 +134,7 @@ def _grad_query_block(
         moments = (moments[0] + tl.sum(dt * t, 1),)
     elif MOMENTS:
         added = ()
-        for k_power in tl.static_range(S.degree + 1):
+        for k_power in tl.static_range(len(moments)):
             added = added + (moments[k_power] + tl.sum(dw, 1),)
             dw *= t
         moments = added
@@ -147,7 +142,7 @@ def _grad_query_block(
         dt = tl.where(tl.abs(t) < 1.0, dt, 0.0)
     if SHIFT:
         shift += tl.sum(dt, 1)
-    return accumulate(sums, dt, k, len(S.head_chunks), S), moments, shift
+    return accumulate(sums, dt, k, S), moments, shift
 
 
 @triton.jit
@@ -172,29 +167,26 @@ def grad_query_kernel(
     inverse_radius = load_inverse_radius(scores, head)
     a = scores.scaling * inverse_radius
     b = load_offset(scores, entry, head, rows, inverse_radius)[:, None]
-    slopes = scale_slopes(c, a, S)
+    slopes = scale_slopes(c, a if S.fold else inverse_radius, S)  # no scaling in dcenter, where it may be 0
 
-    q = load_rows(
-        locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_chunks, S.head_dim, S.q_even
-    )
+    q = load_rows(locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_dim, S.q_even)
     do = load_rows(
-        locate(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim,
-        S.q_even,
-    )  # fmt: skip
+        locate(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_dim, S.q_even
+    )
     scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
-    delta_rows = tl.zeros((S.block_m, 1), tl.float32)
+    delta_rows = zero_rows(S.block_m)[:, None]
     if S.normalizer == "l1":
         inside = first + tl.arange(0, S.block_m) < visibility.q_len
         delta_rows = tl.load(delta + scales, mask=inside, other=0.0)[:, None]
 
     k = (locate(key, entry, head // repeats), key.row)
     v = (locate(value, entry, head // repeats), value.row)
-    sums = new_sums(S.block_m, S.head_chunks, S)
-    shift = tl.zeros((S.block_m,), tl.float32)
+    sums = new_sums(S.block_m, S.head_dim, S)
+    shift = zero_rows(S.block_m)
     moments = ()
     if MOMENTS:
-        for _ in tl.static_range(1 if S.monomial else S.degree + 1):
-            moments = moments + (tl.zeros((S.block_m,), tl.float32),)
+        for _ in tl.static_range(len(c)):
+            moments = moments + (zero_rows(S.block_m),)
     begin, end, whole, stop = find_key_blocks(low, high, visibility, S)
     for start in tl.range(whole, stop, S.block_n):
         sums, moments, shift = _grad_query_block(
@@ -218,13 +210,14 @@ def grad_query_kernel(
         slope_scale = scale * slopes[0]
     else:
         slope_scale = scale
+    score_scale = slope_scale if S.fold else slope_scale * scores.scaling
     store_rows(
-        finish_rows(sums, slope_scale, len(S.head_chunks), S), locate(grad_query, entry, head), grad_query.row, first,
-        visibility.q_len, S.block_m, S.head_chunks, S.head_dim,
+        finish_rows(sums, score_scale, S), locate(grad_query, entry, head), grad_query.row, first, visibility.q_len,
+        S.block_m, S.head_dim,
     )  # fmt: skip
     if SHIFT:
         inside = first + tl.arange(0, S.block_m) < visibility.q_len
-        tl.store(grad_center + scales, shift * slope_scale * (-1.0 / scores.scaling), mask=inside)
+        tl.store(grad_center + scales, shift * -slope_scale, mask=inside)
     if MOMENTS:
         blocks = tl.cdiv(visibility.q_len, S.block_m)
         part = (entry.to(tl.int64) * heads + head) * blocks + block
@@ -286,8 +279,8 @@ def _grad_key_value_block(
     first_key, entry, head, heads, scores, visibility, dropout, MASKED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Adds the query rows start..start + block_m of one head to the sums of dS·q and r w·dO."""
-    q = load_rows(query[0], query[1], start, visibility.q_len, S.block_m, S.head_chunks, S.head_dim, S.q_even)
-    do = load_rows(grad_out[0], grad_out[1], start, visibility.q_len, S.block_m, S.value_chunks, S.value_dim, S.q_even)
+    q = load_rows(query[0], query[1], start, visibility.q_len, S.block_m, S.head_dim, S.q_even)
+    do = load_rows(grad_out[0], grad_out[1], start, visibility.q_len, S.block_m, S.value_dim, S.q_even)
     rows = tl.minimum(start + tl.arange(0, S.block_m), visibility.q_len - 1)
     columns = (first_key + tl.arange(0, S.block_n))[:, None]
     low, high = find_interval(visibility, entry, rows, S)
@@ -301,7 +294,7 @@ def _grad_key_value_block(
     if S.normalizer == "l1":
         row_delta = tl.load(delta + scales + rows)[None, :]
 
-    t = compute_t(multiply_transposed(k, q, len(S.head_chunks), S), a, b, scores, S)
+    t = compute_t(multiply_transposed(k, q, S), a, b, scores, S)
     if MASKED:
         mask_rows = locate_mask_rows(visibility, entry, head, rows)[None, :]
         visible = find_visible(low[None, :], high[None, :], mask_rows, columns, visibility)
@@ -324,12 +317,12 @@ def _grad_key_value_block(
         slope *= scale
         weights = w * scale
     words = hash_rows(dropout, visibility, entry, head, heads, rows)[None, :]
-    value_sums = accumulate(value_sums, drop(weights, words, columns, dropout), do, len(S.value_chunks), S)
+    value_sums = accumulate(value_sums, drop(weights, words, columns, dropout), do, S)
 
     # Only now, so that fewer tiles are alive at a time.
-    dw = multiply_transposed(v, do, len(S.value_chunks), S)
+    dw = multiply_transposed(v, do, S)
     dt = subtract_delta(drop(dw, words, columns, dropout), w, row_delta, S) * slope
-    key_sums = accumulate(key_sums, dt, q, len(S.head_chunks), S)
+    key_sums = accumulate(key_sums, dt, q, S)
     return key_sums, value_sums
 
 
@@ -346,15 +339,10 @@ def grad_key_value_kernel(
     block, group, entry = locate_program(visibility.k_len, heads // repeats, S.block_n)
     first_key = block * S.block_n
     last_key = tl.minimum(first_key + S.block_n, visibility.k_len) - 1
-    k = load_rows(
-        locate(key, entry, group), key.row, first_key, visibility.k_len, S.block_n, S.head_chunks, S.head_dim, S.k_even
-    )
-    v = load_rows(
-        locate(value, entry, group), value.row, first_key, visibility.k_len, S.block_n, S.value_chunks, S.value_dim,
-        S.k_even,
-    )  # fmt: skip
-    key_sums = new_sums(S.block_n, S.head_chunks, S)
-    value_sums = new_sums(S.block_n, S.value_chunks, S)
+    k = load_rows(locate(key, entry, group), key.row, first_key, visibility.k_len, S.block_n, S.head_dim, S.k_even)
+    v = load_rows(locate(value, entry, group), value.row, first_key, visibility.k_len, S.block_n, S.value_dim, S.k_even)
+    key_sums = new_sums(S.block_n, S.head_dim, S)
+    value_sums = new_sums(S.block_n, S.value_dim, S)
     begin, end, whole, stop = _query_blocks(visibility, entry, first_key, last_key, S)
     for repeat in tl.range(repeats):
         head = group * repeats + repeat
@@ -377,14 +365,13 @@ def grad_key_value_kernel(
                     key_sums, value_sums, at, k, v, q, do, row_scale, delta, scales, a, c, slopes,
                     inverse_radius, first_key, entry, head, heads, scores, visibility, dropout, True, S,
                 )  # fmt: skip
-    factor = tl.zeros((S.block_n,), tl.float32) + (S.degree if S.fold else 1)
-    key_sums = finish_rows(key_sums, factor, len(S.head_chunks), S)
-    value_sums = finish_rows(value_sums, tl.zeros((S.block_n,), tl.float32) + 1, len(S.value_chunks), S)
+    factor = zero_rows(S.block_n) + (S.degree if S.fold else 1)
+    key_sums = finish_rows(key_sums, factor, S)
+    value_sums = finish_rows(value_sums, zero_rows(S.block_n) + 1, S)
     store_rows(
-        key_sums, locate(grad_key, entry, group), grad_key.row, first_key, visibility.k_len, S.block_n, S.head_chunks,
-        S.head_dim,
-    )  # fmt: skip
+        key_sums, locate(grad_key, entry, group), grad_key.row, first_key, visibility.k_len, S.block_n, S.head_dim
+    )
     store_rows(
         value_sums, locate(grad_value, entry, group), grad_value.row, first_key, visibility.k_len, S.block_n,
-        S.value_chunks, S.value_dim,
+        S.value_dim,
     )  # fmt: skip

@@ -80,7 +80,8 @@ class Dropout(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What a kernel is compiled for.
+    """What a kernel is compiled for. Triton 3.6 takes no field for a constant in a shape or a static_range before it
+    has a name of its own (`degree: tl.constexpr = S.degree`), or is an argument.
 
     Attributes:
         squarings: log2 of the power.
@@ -89,7 +90,6 @@ class Static(NamedTuple):
         causal, ranged: ranged is 0 without ranges, 1 with one range a batch entry, 2 with one a row.
         q_even, k_even: whether the blocks divide Tq and Tk.
         scaled: operands are float16.
-        head_chunks, value_chunks: (first column, width) of the parts that tile D and Dv.
     """
 
     degree: int
@@ -106,13 +106,34 @@ class Static(NamedTuple):
     precision: str
     head_dim: int
     value_dim: int
-    head_chunks: tuple[tuple[int, int], ...]
-    value_chunks: tuple[tuple[int, int], ...]
     block_m: int
     block_n: int
 
 
 # Tiles ------------------------------------------------------------------------------------------------------
+# Columns are tiled by one or two chunks, whose widths are powers of 2 from 16: 80 = 64 + 16. Rows of a head are a
+# tuple of tiles, one for each chunk.
+
+
+@triton.constexpr_function
+def chunk_width(dim, chunk):
+    """Returns the width of the first (0) or the second (1) chunk that tiles `dim` columns; 0 if there is none."""
+    first = max(16, 1 << (dim.bit_length() - 1))
+    rest = max(16, 1 << (dim - first - 1).bit_length()) if dim > first else 0
+    widths = (2 * first, 0) if rest == first else (first, rest)
+    return widths[chunk]
+
+
+@triton.constexpr_function
+def chunk_start(dim, chunk):
+    """Returns the first column of a chunk."""
+    return 0 if chunk == 0 else chunk_width(dim, 0)
+
+
+@triton.constexpr_function
+def count_chunks(dim):
+    """Returns how many chunks tile `dim` columns."""
+    return 1 if chunk_width(dim, 1) == 0 else 2
 
 
 @triton.jit
@@ -122,17 +143,15 @@ def locate(x, entry, head):
 
 
 @triton.jit
-def load_rows(
-    base, stride, start, limit, ROWS: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr
-):
+def load_rows(base, stride, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr):
     """Loads rows start..start + ROWS as one tile for each chunk of columns; zeros beyond the limits."""
     rows = tl.arange(0, ROWS)
     base += tl.cast(start, tl.int64) * stride
     tiles = ()
-    for chunk in tl.static_range(len(CHUNKS)):
-        columns = CHUNKS[chunk][0] + tl.arange(0, CHUNKS[chunk][1])
+    for chunk in tl.static_range(count_chunks(DIM)):
+        columns = chunk_start(DIM, chunk) + tl.arange(0, chunk_width(DIM, chunk))
         pointers = base + (rows[:, None] * stride + columns[None, :])
-        if CHUNKS[chunk][0] + CHUNKS[chunk][1] > DIM:
+        if chunk_start(DIM, chunk) + chunk_width(DIM, chunk) > DIM:
             inside = columns[None, :] < DIM
             if not EVEN:
                 inside &= (start + rows)[:, None] < limit
@@ -146,67 +165,74 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(tiles, base, stride, start, limit, ROWS: tl.constexpr, CHUNKS: tl.constexpr, DIM: tl.constexpr):
+def store_rows(tiles, base, stride, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr):
     """Stores one tile for each chunk of columns in the rows from start, inside the limits."""
     rows = tl.arange(0, ROWS)
     base += tl.cast(start, tl.int64) * stride
-    for chunk in tl.static_range(len(CHUNKS)):
-        columns = CHUNKS[chunk][0] + tl.arange(0, CHUNKS[chunk][1])
+    for chunk in tl.static_range(count_chunks(DIM)):
+        columns = chunk_start(DIM, chunk) + tl.arange(0, chunk_width(DIM, chunk))
         pointers = base + (rows[:, None] * stride + columns[None, :])
         mask = ((start + rows)[:, None] < limit) & (columns[None, :] < DIM)
         tl.store(pointers, tiles[chunk].to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def new_sums(ROWS: tl.constexpr, CHUNKS: tl.constexpr, S: tl.constexpr):
+def zero_rows(ROWS: tl.constexpr):
+    """Returns a float32 zero for each row."""
+    return tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
+def new_sums(ROWS: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr):
     """Returns sums of rows, a tile for each chunk; in float16 and what each row is divided by."""
     tiles = ()
-    for chunk in tl.static_range(len(CHUNKS)):
-        tiles = tiles + (tl.zeros((ROWS, CHUNKS[chunk][1]), tl.float32),)
+    for chunk in tl.static_range(count_chunks(DIM)):
+        tiles = tiles + (tl.zeros((ROWS, chunk_width(DIM, chunk)), tl.float32),)
     if S.scaled:
-        tiles = tiles + (tl.zeros((ROWS,), tl.float32) + _SMALLEST,)
+        tiles = tiles + (zero_rows(ROWS) + _SMALLEST,)
     return tiles
 
 
 @triton.jit
-def finish_rows(sums, rows, COUNT: tl.constexpr, S: tl.constexpr):
+def finish_rows(sums, rows, S: tl.constexpr):
     """Returns the tiles of the sums with each row multiplied by a factor."""
+    count: tl.constexpr = len(sums) - S.scaled
     if S.scaled:
-        rows *= sums[COUNT]
+        rows *= sums[count]
     products = ()
-    for chunk in tl.static_range(COUNT):
+    for chunk in tl.static_range(count):
         products = products + (sums[chunk] * rows[:, None],)
     return products
 
 
 @triton.jit
-def dot_rows(one, other, COUNT: tl.constexpr):
+def dot_rows(one, other):
     """Returns the scalar product of each row of two tiles."""
     total = tl.sum(one[0].to(tl.float32) * other[0].to(tl.float32), 1)
-    for chunk in tl.static_range(1, COUNT):
+    for chunk in tl.static_range(1, len(one)):
         total += tl.sum(one[chunk].to(tl.float32) * other[chunk].to(tl.float32), 1)
     return total
 
 
 @triton.jit
-def multiply_transposed(one, other, COUNT: tl.constexpr, S: tl.constexpr):
+def multiply_transposed(one, other, S: tl.constexpr):
     """Returns one · otherᵀ."""
     product = tl.dot(one[0], tl.trans(other[0]), input_precision=S.precision)
-    for chunk in tl.static_range(1, COUNT):
+    for chunk in tl.static_range(1, len(one)):
         product = tl.dot(one[chunk], tl.trans(other[chunk]), product, input_precision=S.precision)
     return product
 
 
 @triton.jit
-def accumulate(sums, weights, tiles, COUNT: tl.constexpr, S: tl.constexpr):
+def accumulate(sums, weights, tiles, S: tl.constexpr):
     """Returns sums + weights · tiles."""
     if S.scaled:
-        size = tl.maximum(tl.max(tl.abs(weights), 1), sums[COUNT])
-        shrink = (sums[COUNT] / size)[:, None]
+        size = tl.maximum(tl.max(tl.abs(weights), 1), sums[len(tiles)])
+        shrink = (sums[len(tiles)] / size)[:, None]
         weights *= (1.0 / size)[:, None]
     cast = weights.to(tiles[0].dtype)
     results = ()
-    for chunk in tl.static_range(COUNT):
+    for chunk in tl.static_range(len(tiles)):
         before = sums[chunk]
         if S.scaled:
             before *= shrink
@@ -222,8 +248,9 @@ def accumulate(sums, weights, tiles, COUNT: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def load_coefficients(scores, head, S: tl.constexpr):
     """Returns c_0 … c_P of a head (a scalar, or a tensor of heads); of a monomial c_P only."""
+    degree: tl.constexpr = S.degree
     c = ()
-    for k in tl.static_range(S.degree if S.monomial else 0, S.degree + 1):
+    for k in tl.static_range(degree if S.monomial else 0, degree + 1):
         pointer = scores.coefficients + head * scores.coefficient_head + k * scores.coefficient_degree
         c = c + (tl.load(pointer).to(tl.float32),)
     return c
@@ -293,32 +320,35 @@ def compute_t(x, a, b, scores, S: tl.constexpr):
 @triton.jit
 def evaluate_polynomial(t, c, S: tl.constexpr):
     """Returns p(t), by Horner's rule."""
-    p = c[S.degree] * t + c[S.degree - 1]
-    for k in tl.static_range(S.degree - 2, -1, -1):
+    degree: tl.constexpr = S.degree
+    p = c[degree] * t + c[degree - 1]
+    for k in tl.static_range(degree - 2, -1, -1):
         p = p * t + c[k]
     return p
 
 
 @triton.jit
-def scale_slopes(c, a, S: tl.constexpr):
-    """Returns the coefficients of a·p'(t); of a monomial the factor that rows carry."""
+def scale_slopes(c, factor, S: tl.constexpr):
+    """Returns the coefficients of factor·p'(t); of a monomial the factor that rows carry."""
+    degree: tl.constexpr = S.degree
     if S.monomial:
-        slopes = (S.degree * c[0] * (raise_to(a, S.degree) if S.fold else a),)
+        slopes = (degree * c[0] * (raise_to(factor, degree) if S.fold else factor),)
     else:
         slopes = ()
-        for k in tl.static_range(1, S.degree + 1):
-            slopes = slopes + (k * a * c[k],)
+        for k in tl.static_range(1, degree + 1):
+            slopes = slopes + (k * factor * c[k],)
     return slopes
 
 
 @triton.jit
 def evaluate_slope(t, slopes, S: tl.constexpr):
-    """Returns a·p'(t)."""
-    if S.degree == 1:
+    """Returns p'(t) with the factor of `scale_slopes`."""
+    degree: tl.constexpr = S.degree
+    if degree == 1:
         p = t * 0.0 + slopes[0]
     else:
-        p = slopes[S.degree - 1] * t + slopes[S.degree - 2]
-        for k in tl.static_range(S.degree - 3, -1, -1):
+        p = slopes[degree - 1] * t + slopes[degree - 2]
+        for k in tl.static_range(degree - 3, -1, -1):
             p = p * t + slopes[k]
     return p
 
@@ -326,13 +356,14 @@ def evaluate_slope(t, slopes, S: tl.constexpr):
 @triton.jit
 def compute_weights(t, c, S: tl.constexpr):
     """Returns w over `compute_factor`."""
+    squarings: tl.constexpr = S.squarings
     if S.monomial:
         w = raise_to(t, S.degree)
-        if S.squarings > 0:
+        if squarings > 0:
             w *= c[0]
     else:
         w = evaluate_polynomial(t, c, S)
-    for _ in tl.static_range(S.squarings):
+    for _ in tl.static_range(squarings):
         w *= w
     return w
 
@@ -350,21 +381,22 @@ def compute_factor(c, a, S: tl.constexpr):
 
 @triton.jit
 def compute_derivatives(t, c, slopes, S: tl.constexpr):
-    """Returns w over `compute_factor`, dw/dp, and a·dp/dt, of a monomial over its only slope."""
+    """Returns w over `compute_factor`, dw/dp, and dp/dt with the slopes' factor, of a monomial over its only slope."""
+    squarings: tl.constexpr = S.squarings
     if S.monomial:
         inner = raise_to(t, S.degree - 1)
         p = inner * t
-        if S.squarings > 0:
+        if squarings > 0:
             p *= c[0]
     else:
         inner = evaluate_slope(t, slopes, S)
         p = evaluate_polynomial(t, c, S)
     w = p
     outer = p
-    if S.squarings > 0:
-        outer = p * (1 << S.squarings)
+    if squarings > 0:
+        outer = p * (1 << squarings)
         w = p * p
-        for _ in tl.static_range(S.squarings - 1):
+        for _ in tl.static_range(squarings - 1):
             outer *= w
             w *= w
     return w, outer, inner

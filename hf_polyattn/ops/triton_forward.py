@@ -7,9 +7,12 @@ import triton.language as tl
 
 from .triton_blocks import (
     accumulate,
+    chunk_start,
+    chunk_width,
     compute_factor,
     compute_t,
     compute_weights,
+    count_chunks,
     drop,
     find_interval,
     find_key_blocks,
@@ -29,6 +32,7 @@ from .triton_blocks import (
     scale_by_interval,
     scale_by_total,
     store_rows,
+    zero_rows,
 )
 
 
@@ -39,8 +43,8 @@ def _forward_block(
 ):  # fmt: skip
     """Adds the keys start..start + block_n to the sums of w·v and |w|."""
     even: tl.constexpr = S.k_even or not MASKED
-    k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_chunks, S.head_dim, even)
-    t = compute_t(multiply_transposed(q, k, len(S.head_chunks), S), a, b, scores, S)
+    k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
+    t = compute_t(multiply_transposed(q, k, S), a, b, scores, S)
     w = compute_weights(t, c, S)
     columns = (start + tl.arange(0, S.block_n))[None, :]
     if MASKED:
@@ -48,8 +52,8 @@ def _forward_block(
     if S.normalizer == "l1":
         total += tl.sum(w if S.squarings > 0 else tl.abs(w), 1)
     w = drop(w, words, columns, dropout)
-    v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_chunks, S.value_dim, even)
-    return accumulate(sums, w, v, len(S.value_chunks), S), total
+    v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_dim, even)
+    return accumulate(sums, w, v, S), total
 
 
 @triton.jit
@@ -74,13 +78,11 @@ def forward_kernel(
     a = scores.scaling * inverse_radius
     b = load_offset(scores, entry, head, rows, inverse_radius)[:, None]
 
-    q = load_rows(
-        locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_chunks, S.head_dim, S.q_even
-    )
+    q = load_rows(locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_dim, S.q_even)
     k = (locate(key, entry, head // repeats), key.row)
     v = (locate(value, entry, head // repeats), value.row)
-    sums = new_sums(S.block_m, S.value_chunks, S)
-    total = tl.zeros((S.block_m,), tl.float32)
+    sums = new_sums(S.block_m, S.value_dim, S)
+    total = zero_rows(S.block_m)
     begin, end, whole, stop = find_key_blocks(low, high, visibility, S)
     for start in tl.range(whole, stop, S.block_n):
         sums, total = _forward_block(
@@ -104,10 +106,8 @@ def forward_kernel(
         scale = tl.load(row_scale + scales)
     else:
         scale = scale_by_interval(low, high, S)
-    sums = finish_rows(sums, scale * factor * keep_scale_of(dropout), len(S.value_chunks), S)
-    store_rows(
-        sums, locate(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_chunks, S.value_dim
-    )  # fmt: skip
+    sums = finish_rows(sums, scale * factor * keep_scale_of(dropout), S)
+    store_rows(sums, locate(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_dim)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def count_kernel(row_scale, visibility, heads, S: tl.constexpr):
     low, high = find_interval(visibility, entry, rows, S)
     mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
     begin, end, _, _ = find_key_blocks(low, high, visibility, S)
-    n = tl.zeros((S.block_m,), tl.int32)
+    n = rows * 0
     for start in tl.range(begin, end, S.block_n):
         columns = (start + tl.arange(0, S.block_n))[None, :]
         n += tl.sum(find_visible(low[:, None], high[:, None], mask_rows, columns, visibility).to(tl.int32), 1)
@@ -159,13 +159,13 @@ def decode_kernel(
 
     q = ()
     starts = query.pointer + entry.to(tl.int64) * query.batch + head.to(tl.int64) * query.head + rows * query.row
-    for chunk in tl.static_range(len(S.head_chunks)):
-        columns = S.head_chunks[chunk][0] + tl.arange(0, S.head_chunks[chunk][1])[None, :]
+    for chunk in tl.static_range(count_chunks(S.head_dim)):
+        columns = chunk_start(S.head_dim, chunk) + tl.arange(0, chunk_width(S.head_dim, chunk))[None, :]
         q = q + (tl.load(starts[:, None] + columns, mask=used[:, None] & (columns < S.head_dim), other=0.0),)
     k = (locate(key, entry, group), key.row)
     v = (locate(value, entry, group), value.row)
-    sums = new_sums(S.block_m, S.value_chunks, S)
-    total = tl.zeros((S.block_m,), tl.float32)
+    sums = new_sums(S.block_m, S.value_dim, S)
+    total = zero_rows(S.block_m)
     begin, end, _, _ = find_key_blocks(low, high, visibility, S)
     for start in tl.range(begin, end, S.block_n):
         sums, total = _forward_block(
@@ -177,17 +177,14 @@ def decode_kernel(
             visible = find_visible(low[:, None], high[:, None], mask_rows, keys, visibility)
             total += tl.sum(visible.to(tl.float32), 1)
 
-    factor = tl.reshape(compute_factor(c, a, S), (S.block_m,))
+    factor = tl.reshape(compute_factor(c, a, S), S.block_m)
     if S.normalizer == "l1":
         total *= tl.abs(factor)
     part = tl.program_id(0).to(tl.int64)  # entry, group, split in this order, split the fastest
     part = (entry.to(tl.int64) * groups + group) * splits + split
     tl.store(totals + part * S.block_m + lines, total)
-    sums = finish_rows(sums, factor * keep_scale_of(dropout), len(S.value_chunks), S)
-    store_rows(
-        sums, partial + part * S.block_m * S.value_dim, S.value_dim, 0, S.block_m, S.block_m, S.value_chunks,
-        S.value_dim,
-    )  # fmt: skip
+    sums = finish_rows(sums, factor * keep_scale_of(dropout), S)
+    store_rows(sums, partial + part * S.block_m * S.value_dim, S.value_dim, 0, S.block_m, S.block_m, S.value_dim)
 
 
 @triton.jit
@@ -198,20 +195,20 @@ def decode_sum_kernel(partial, totals, out, row_scale, q_len, heads, repeats, sp
     part = (entry.to(tl.int64) * (heads // repeats) + head // repeats) * splits
     total = 0.0
     sums = ()
-    for chunk in tl.static_range(len(S.value_chunks)):
-        sums = sums + (tl.zeros((1, S.value_chunks[chunk][1]), tl.float32),)
+    for chunk in tl.static_range(count_chunks(S.value_dim)):
+        sums = sums + (tl.zeros((1, chunk_width(S.value_dim, chunk)), tl.float32),)
     for split in tl.range(splits):
         at = (part + split) * S.block_m + line
         total += tl.load(totals + at)
-        tiles = load_rows(partial + at * S.value_dim, S.value_dim, 0, 1, 1, S.value_chunks, S.value_dim, True)
+        tiles = load_rows(partial + at * S.value_dim, S.value_dim, 0, 1, 1, S.value_dim, True)
         added = ()
-        for chunk in tl.static_range(len(S.value_chunks)):
+        for chunk in tl.static_range(len(sums)):
             added = added + (sums[chunk] + tiles[chunk],)
         sums = added
     scale = scale_by_total(total, S)
     if S.normalizer == "l1":
         tl.store(row_scale + (entry.to(tl.int64) * heads + head) * q_len + row, scale)
     scaled = ()
-    for chunk in tl.static_range(len(S.value_chunks)):
+    for chunk in tl.static_range(len(sums)):
         scaled = scaled + (sums[chunk] * scale,)
-    store_rows(scaled, locate(out, entry, head), out.row, row, q_len, 1, S.value_chunks, S.value_dim)
+    store_rows(scaled, locate(out, entry, head), out.row, row, q_len, 1, S.value_dim)

@@ -18,9 +18,14 @@ from hf_polyattn.ops import triton as backend
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
+# These take the path of a neighbour that is tested, once more around a loop. The GPU tests keep them.
+REPEATED = ("degree4", "degree5", "degree6", "degree7", "power2", "power8", "window-wide", "causal-square")
+SINGLE = [case for case in CASES if case not in REPEATED]
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *((case, torch.float16) for case in HALF)],
+    [*((case, torch.float32) for case in SINGLE), *((case, torch.float16) for case in HALF)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_kernels_are_within_the_error_budget(case: str, dtype: torch.dtype) -> None:
