@@ -56,6 +56,7 @@ def tune(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
     widths: Sequence[int] = WIDTHS,
     length: int = 4096,
+    tokens: int = 2**13,
     candidates: dict[str, tuple[Configuration, ...]] = CANDIDATES,
     folder: Path | None = None,
     measure: Measure = milliseconds,
@@ -69,7 +70,7 @@ def tune(
     Args:
         device: where the kernels run.
         name: of the device, by which the table is found again.
-        dtypes, widths, length: what is timed; head dims are the widths.
+        dtypes, widths, length, tokens: what is timed; head dims are the widths, and the batch is tokens / length.
         candidates: kernel -> configurations to try.
         folder: where the table goes, `local_folder()` if None.
         measure: returns the time of a run.
@@ -78,7 +79,7 @@ def tune(
     table: Table = {kernel: {} for kernel in candidates}
     variants: tuple[dict[str, bool], ...] = ({"monomial": True}, {}, {"grouped": True})
     for dtype, width, variant in product(dtypes, widths, variants):
-        call = _call(device, dtype, width, length, **variant)
+        call = _call(device, dtype, width, (max(1, tokens // length), length), **variant)
         for kernel, rows in candidates.items():
             if "grouped" in variant and kernel != "grad_key_value":
                 continue
@@ -138,10 +139,16 @@ def _trying(kernel: str, row: Configuration, backend: Any) -> Iterator[None]:
 
 
 def _call(
-    device: torch.device, dtype: torch.dtype, width: int, length: int, monomial: bool = False, grouped: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    shape: tuple[int, int],
+    *,
+    monomial: bool = False,
+    grouped: bool = False,
 ) -> Call:
-    """A causal call of 2^16 rows: the bare cubic, or the degree 4 over its row sum that calibration sets."""
-    batch, heads = max(1, 2**13 // length), 8
+    """A causal call of 8 heads: the bare cubic, or the degree 4 over its row sum that calibration sets."""
+    (batch, length), heads = shape, 8
     groups = 2 if grouped else heads
     query, key, value = (
         torch.randn(batch, count, length, width, device=device, dtype=dtype) for count in (heads, groups, groups)

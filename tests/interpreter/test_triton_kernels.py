@@ -261,6 +261,7 @@ def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, mo
         dtypes=[torch.float32],
         widths=[64],
         length=17,
+        tokens=17,
         candidates={"forward": rows},
         folder=tmp_path,
         measure=lambda run: (run(), times[used[-1]])[1],
@@ -269,4 +270,4 @@ def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, mo
     assert path.name == "a-device.json"
     expected = Configuration(16, 32, 4, 1)
     assert read_table(path) == {"forward": {"float32-64-monomial": expected, "float32-64": expected}}
-    assert backend._configuration("forward", tune._call(torch.device("cpu"), torch.float32, 64, 17)) != expected
+    assert backend._configuration("forward", tune._call(torch.device("cpu"), torch.float32, 64, (1, 17))) != expected
