@@ -26,11 +26,13 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Case = tuple[int, torch.dtype, str, int, bool]  # capability, dtype, spec, head dim, causal
 
 CHOICE: list[Case] = [
-    *((capability, dtype, "poly6-l1", dim, True)
-      for capability in CAPABILITIES for dtype in (BF16, FP16) for dim in (64, 128, 256)),
-    *((capability, FP32, "poly3^16-l1", 64, True) for capability in CAPABILITIES),
-    *((90, BF16, spec, dim, False) for spec in SPECS if spec != "poly6-l1" for dim in (64, 128)),
-    *((90, BF16, "poly4-l1", dim, True) for dim in (80, 96)),
+    *((capability, dtype, "poly6-l1", dim, True)  # of all specs, the one with the most registers
+      for capability in CAPABILITIES for dtype, dim in ((BF16, 64), (BF16, 128), (FP16, 256))),
+    (80, FP32, "poly3^16-l1", 64, True),  # the least shared memory, the widest elements
+    (90, BF16, "poly3", 128, False),
+    (90, BF16, "poly3-calibrated", 64, False),
+    (90, BF16, "poly3^16-l1", 128, False),
+    (90, BF16, "poly4-l1", 80, True),  # two chunks of columns
 ]  # fmt: skip
 ALL: list[Case] = [
     (capability, dtype, spec, dim, causal)
@@ -40,6 +42,7 @@ ALL: list[Case] = [
     for dim in (64, 80, 128, 160, 256)
     for causal in (True, False)
 ]
+ALL.append((90, BF16, "poly4-l1", 96, True))
 CASES = ALL if os.environ.get("POLYATTN_COMPILE_ALL") == "1" else CHOICE
 
 
