@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.register_assert_rewrite("kernel_cases")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 

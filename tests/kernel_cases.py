@@ -1,15 +1,18 @@
-"""The matrix of calls on which the kernels are compared with the oracle: `cpu`, `triton` interpreted, on a GPU."""
+"""The matrix of calls on which the kernels are compared with the oracle (`cpu`, `triton` interpreted, on a GPU), and
+claims that hold for every backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from error_budget import excess, operands, outputs_and_gradients
 from torch import Tensor
 
-from hf_polyattn.ops import packed_ranges
+from hf_polyattn import polynomial_attention
+from hf_polyattn.ops import library, packed_ranges
 
 Shape = tuple[int, int, int, int, int]  # B, H, G, Tq, Tk
 
@@ -176,3 +179,84 @@ def stretched(case: Case, factor: int) -> Case:
     batch, heads, groups, q_len, k_len = case.shape
     lengths = (length if length < 17 else factor * (length - 1) + 1 for length in (q_len, k_len))
     return case._replace(shape=(batch, heads, groups, *lengths))
+
+
+# Claims that hold for every backend ---------------------------------------------------------------------------
+
+
+def errors_with_and_without_masks(case: Case, dtype: torch.dtype, backend: str) -> tuple[float, float]:
+    """Returns the error of the output over its budget, with the masks of the case and when they are dropped."""
+    tensors, settings = inputs(case, dtype, 0, "cpu")
+    without = {name: value for name, value in settings.items() if name not in ("mask", "ranges", "window", "causal")}
+    exact = polynomial_attention(*(tensor.double() for tensor in tensors), **settings, backend="reference")
+    same_dtype = polynomial_attention(*tensors, **settings, backend="reference").nan_to_num()
+    outputs = (polynomial_attention(*tensors, **some, backend=backend).nan_to_num() for some in (settings, without))
+    with_masks, without_masks = (excess(output, same_dtype, exact) for output in outputs)
+    return with_masks, without_masks
+
+
+def dropout_pattern(backend: str, probability: float, lengths: tuple[int, int] = (40, 40), *, seed: int = 0) -> Tensor:
+    """Returns the scale of every weight, (B, Tq, H, Tk): values are the unit vectors and all weights 1."""
+    torch.manual_seed(seed)
+    query, key = (torch.zeros(2, 3, length, 1) for length in lengths)
+    values = torch.eye(lengths[1]).expand(2, 3, -1, -1)
+    ones = torch.tensor([[1.0, 0.0]])
+    return polynomial_attention(query, key, values, ones, normalizer="none", dropout=probability, backend=backend)
+
+
+def check_rows_that_see_nothing(backend: str, normalizer: str, power: int, dtype: torch.dtype) -> None:
+    """Rows that see nothing are zeros, and so is what a key gets that no row sees; all else is finite."""
+    tensors = operands((2, 2, 1, 18, 20), head_dim=16, value_dim=16, dtype=dtype)
+    with torch.no_grad():
+        tensors[1][:, :, 6] = 3e4  # with power 4, its weight overflows
+    mask = (torch.arange(20) != 6).expand(2, 1, 18, 20).clone()
+    mask[0, :, :2] = False
+    # A dO of 100 over the ε of l1 overflows.
+    settings: dict[str, Any] = {"normalizer": normalizer, "power": power, "radius": 8.0, "grad_scale": 100.0}
+    results = outputs_and_gradients(tensors, mask=mask, **settings, backend=backend)
+    output, query = results["output"], results["query"]
+    assert output[0, :2].abs().max() == query[0, :, :2].abs().max() == 0.0
+    assert results["key"][:, :, 6].abs().max() == results["value"][:, :, 6].abs().max() == 0.0
+    assert output[1, :2].abs().max() > 0.0  # the same rows, which see something
+    assert query[1, :, :2].abs().max() > 0.0
+    assert all(bool(result.isfinite().all()) for result in results.values())
+
+
+EMPTY: dict[str, Shape] = {"no-batch": (0, 2, 1, 5, 7), "no-query": (2, 2, 1, 0, 7), "no-key": (2, 2, 1, 5, 0)}
+
+
+def check_empty_tensors(backend: str, shape: Shape, normalizer: str, dtype: torch.dtype) -> None:
+    """The output and all gradients are zeros of their shapes and dtypes."""
+    batch, heads, _, q_len, _ = shape
+    tensors = operands(shape, dtype=dtype)
+    center = noise(batch, heads, q_len)
+    results = outputs_and_gradients(tensors, normalizer=normalizer, center=center, backend=backend)
+    expected = [torch.zeros(batch, q_len, heads, 3, dtype=dtype), *map(torch.zeros_like, (*tensors, center))]
+    for (name, result), zeros in zip(results.items(), expected, strict=True):
+        assert result.dtype == zeros.dtype, name
+        assert torch.equal(result, zeros), name
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "transposed": lambda tensor: tensor.mT.contiguous().mT,
+    "strided": lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+def layout_difference(backend: str, layout: str, tensors: list[Tensor]) -> float:
+    """Returns the largest difference that another layout in memory makes, relative to the largest value."""
+    laid_out = [LAYOUTS[layout](tensor.detach()) for tensor in tensors]
+    assert laid_out[0].stride() != tensors[0].stride()
+    expected, results = (outputs_and_gradients(some, causal=True, backend=backend) for some in (tensors, laid_out))
+    return max(float((results[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
+
+
+def check_library_contract(arguments: Sequence[Any]) -> None:
+    """The operator and its backward, called with the arguments of `library.attention`, pass `opcheck`."""
+    torch.library.opcheck(library.attention, tuple(arguments))
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    output, row_scale = library.attention(*detached)
+    kept = output if row_scale.numel() else row_scale  # as autograd keeps it
+    gradient_arguments = (torch.randn_like(output), kept, row_scale, True, True, *detached)
+    torch.library.opcheck(library.attention_backward, gradient_arguments)

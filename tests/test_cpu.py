@@ -13,11 +13,27 @@ import pytest
 import torch
 import torch._dynamo.testing
 from error_budget import excess, operands, outputs_and_gradients
-from kernel_cases import BUMP, CASES, MASKS, Case, errors, inputs, interval, noise
+from kernel_cases import (
+    BUMP,
+    CASES,
+    EMPTY,
+    MASKS,
+    Case,
+    Shape,
+    check_empty_tensors,
+    check_library_contract,
+    check_rows_that_see_nothing,
+    dropout_pattern,
+    errors,
+    errors_with_and_without_masks,
+    inputs,
+    interval,
+    noise,
+)
 from torch import Tensor
 
 from hf_polyattn import BackendError, PolyAttentionConfig, Polynomial, core, polynomial_attention
-from hf_polyattn.ops import backends, build, library
+from hf_polyattn.ops import backends, build
 from hf_polyattn.ops.call import Call
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -42,12 +58,9 @@ def test_kernels_are_within_the_error_budget(case: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("case", [case for case in MASKS if "dropout" not in case])
 def test_a_mask_that_is_dropped_shows(case: str) -> None:
-    tensors, settings = inputs(CASES[case], torch.bfloat16, 0, "cpu")
-    without = {name: value for name, value in settings.items() if name not in ("mask", "ranges", "window", "causal")}
-    exact = polynomial_attention(*(tensor.double() for tensor in tensors), **settings, backend="reference")
-    same_dtype = polynomial_attention(*tensors, **settings, backend="reference")
-    assert excess(polynomial_attention(*tensors, **settings, backend="cpu"), same_dtype, exact) <= 1.0
-    assert excess(polynomial_attention(*tensors, **without, backend="cpu"), same_dtype, exact) > 2.0
+    with_masks, without_masks = errors_with_and_without_masks(CASES[case], torch.bfloat16, "cpu")
+    assert with_masks <= 1.0
+    assert without_masks > 2.0
 
 
 @pytest.mark.parametrize("wrong", [{"normalizer": "mean"}, {"power": 2}, {"clamp": False}, {"center": 0.0}], ids=str)
@@ -60,20 +73,12 @@ def test_error_budget_notices_a_wrong_polynomial(wrong: dict[str, Any]) -> None:
         assert excess(candidate[name], same_dtype[name], exact[name]) > 2.0, name
 
 
-def pattern(backend: str, probability: float, q_len: int) -> Tensor:
-    """The scale of every weight: values are the unit vectors and all weights 1."""
-    torch.manual_seed(0)
-    query, key, values = torch.zeros(2, 3, q_len, 1), torch.zeros(2, 3, 40, 1), torch.eye(40).expand(2, 3, 40, 40)
-    ones = torch.tensor([[1.0, 0.0]])
-    return polynomial_attention(query, key, values, ones, normalizer="none", dropout=probability, backend=backend)
-
-
 @pytest.mark.parametrize("q_len", [1, 40])
 @pytest.mark.parametrize("probability", [0.1, 0.6])
 def test_kernels_drop_the_weights_that_other_backends_drop(probability: float, q_len: int) -> None:
-    dropped = pattern("cpu", probability, q_len)
-    assert torch.equal(dropped, pattern("chunked", probability, q_len))
-    assert 0.0 < (dropped == 0).float().mean() < 1.0
+    dropped = dropout_pattern("cpu", probability, (q_len, 40))
+    assert torch.equal(dropped, dropout_pattern("chunked", probability, (q_len, 40)))
+    assert not torch.equal(dropped, dropout_pattern("chunked", probability, (q_len, 40), seed=1))
 
 
 @pytest.fixture
@@ -109,27 +114,13 @@ def test_another_number_of_threads_stays_within_the_budget(case: str) -> None:
 @pytest.mark.parametrize("normalizer", ["rsqrt", "l1"])
 @pytest.mark.parametrize("power", [1, 4])
 def test_rows_that_see_nothing_are_zero_and_harmless(normalizer: str, power: int, dtype: torch.dtype) -> None:
-    tensors = operands((2, 2, 1, 18, 20), head_dim=16, value_dim=16, dtype=dtype)
-    with torch.no_grad():
-        tensors[1][:, :, 6] = 3e4  # its weight overflows
-    mask = (torch.arange(20) != 6).expand(2, 1, 18, 20).clone()
-    mask[0, :, :2] = False
-    settings: dict[str, Any] = {"normalizer": normalizer, "power": power, "radius": 8.0, "backend": "cpu"}
-    results = outputs_and_gradients(tensors, mask=mask, grad_scale=100.0, **settings)
-    assert results["output"][0, :2].abs().max() == results["query"][0, :, :2].abs().max() == 0.0
-    assert results["key"][:, :, 6].abs().max() == results["value"][:, :, 6].abs().max() == 0.0
-    assert results["output"][0, 2:].abs().max() > 0.0
-    assert all(bool(result.isfinite().all()) for result in results.values())
+    check_rows_that_see_nothing("cpu", normalizer, power, dtype)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 4), (2, 2, 1, 0, 4), (2, 2, 1, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("normalizer", ["rsqrt", "l1"])
-def test_empty_tensors_give_zeros(shape: Any, normalizer: str) -> None:
-    tensors = operands(shape, dtype=torch.bfloat16)
-    output = polynomial_attention(*tensors, normalizer=normalizer, center=torch.ones(2), backend="cpu")
-    assert torch.equal(output, torch.zeros(shape[0], shape[3], shape[1], 3, dtype=torch.bfloat16))
-    output.sum().backward()
-    assert all(torch.equal(tensor.grad, torch.zeros_like(tensor)) for tensor in tensors)
+def test_empty_tensors_give_zeros(shape: Shape, normalizer: str) -> None:
+    check_empty_tensors("cpu", shape, normalizer, torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", ["expanded", "sliced", "last-dim-strided"])
@@ -184,12 +175,7 @@ def test_operator_obeys_the_library_contract(settings: dict[str, Any]) -> None:
         power=settings.get("power", 1), normalizer=settings.get("normalizer", "rsqrt"),
         clamp=settings.get("clamp", False), monomial=False, dropout=0.0,
     )  # fmt: skip
-    arguments = [getattr(call, name) for name in Call.__slots__]
-    torch.library.opcheck(library.attention, (*arguments, "cpu"))
-    output, row_scale = library.attention(*arguments, "cpu")
-    kept = output if row_scale.numel() else output.new_zeros((0,))
-    gradient_arguments = (torch.randn_like(output), kept, row_scale, True, True, *arguments, "cpu")
-    torch.library.opcheck(library.attention_backward, gradient_arguments)
+    check_library_contract([*(getattr(call, name) for name in Call.__slots__), "cpu"])
 
 
 def test_auto_takes_the_kernels_and_float64_the_reference_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:

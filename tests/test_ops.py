@@ -12,16 +12,30 @@ import pytest
 import torch
 import torch._dynamo.testing
 from error_budget import excess, operands, outputs_and_gradients
+from kernel_cases import (
+    BUMP,
+    EMPTY,
+    LAYOUTS,
+    TAYLOR4,
+    Case,
+    Shape,
+    check_empty_tensors,
+    check_library_contract,
+    check_rows_that_see_nothing,
+    dropout_pattern,
+    errors,
+    inputs,
+    interval,
+    layout_difference,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_polyattn import BackendError, InputError, polynomial_attention
-from hf_polyattn.ops import BACKENDS, chunked, library, packed_ranges
+from hf_polyattn.ops import BACKENDS, chunked, packed_ranges
 from hf_polyattn.ops.call import Call
 from hf_polyattn.spec import NORMALIZERS, POWERS
-
-Shape = tuple[int, int, int, int, int]  # B, H, G, Tq, Tk
 
 SHAPE: Shape = (2, 4, 2, 5, 7)
 # Those that run everywhere and in float64; test_cpu.py, tests/interpreter and tests/gpu test the kernels.
@@ -297,32 +311,17 @@ def test_second_derivatives_are_refused_by_the_fused_operator() -> None:
 
 # The error budget -------------------------------------------------------------------------------------------
 
-# Polynomials without a jump in any gradient, which no budget covers: p' is 0 where the clamp begins, and p is
-# positive where its sign counts.
 SMOOTH = {
-    "poly3": ([0.0, 0.0, 0.0, 1.0], {}),
-    "mean-causal": ([0.3, -0.2, 0.5, 1.0], {"normalizer": "mean", "causal": True}),
-    "taylor4-l1-padding": ([1.0, 1.0, 1 / 2, 1 / 6, 1 / 24], {"normalizer": "l1"}),
-    "poly3^16-l1-interval": ([1.5, 1.0, 0.0, -1 / 3], {"normalizer": "l1", "power": 16, "clamp": True, "radius": 3.0}),
+    "poly3": Case(coefficients=[0.0, 0.0, 0.0, 1.0]),
+    "mean-causal": Case(lambda s: {"normalizer": "mean", "causal": True}, [0.3, -0.2, 0.5, 1.0]),
+    "taylor4-l1-padding": Case(lambda s: {"normalizer": "l1", "mask": padding(s, rows=s[3])}, TAYLOR4),
+    "poly3^16-l1-interval": Case(lambda s: interval(s, normalizer="l1", power=16), BUMP),
 }
 BUDGETED: list[tuple[Shape, str]] = [
     *(((16, 4, 2, 1, 1), case) for case in ("poly3", "mean-causal")),  # l1 of one key has no gradient
     *((shape, case) for shape in ((16, 4, 2, 7, 5), (4, 4, 2, 63, 65), (2, 4, 1, 129, 127)) for case in SMOOTH),
     *(((1, 2, 1, 1000, 1000), case) for case in ("poly3", "poly3^16-l1-interval")),
 ]
-
-
-def budgeted_call(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
-    coefficients, settings = SMOOTH[case]
-    tensors = operands(shape, head_dim=64, value_dim=32, dtype=dtype, seed=seed)
-    heads = 1.0 + 0.1 * torch.arange(shape[1])[:, None]
-    tensors[3] = torch.tensor(coefficients) * heads
-    settings = dict(settings)
-    if "padding" in case:
-        settings["mask"] = padding(shape, rows=shape[3])
-    if "interval" in case:
-        settings["center"] = noise(shape[0], shape[1], shape[3], seed=seed).float()
-    return tensors, settings
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -334,16 +333,8 @@ def test_chunked_is_within_the_error_budget(
 ) -> None:
     monkeypatch.setattr(chunked, "_BLOCK_WEIGHTS_CPU", 32 * shape[4])
     monkeypatch.setattr(chunked, "_BAND_ROWS", 16)
-    results: dict[str, list[dict[str, Tensor]]] = {"chunked": [], "reference": [], "oracle": []}
-    for seed in range(2):
-        tensors, settings = budgeted_call(shape, case, dtype, seed)
-        for backend in ("chunked", "reference"):
-            results[backend].append(outputs_and_gradients(tensors, **settings, backend=backend))
-        exact = [tensor.double() for tensor in tensors]
-        results["oracle"].append(outputs_and_gradients(exact, **settings, backend="reference"))
-    for name in results["oracle"][0]:
-        pooled = [torch.stack([result[name] for result in draws]) for draws in results.values()]
-        assert excess(*pooled) <= 1.0, name
+    for name, error in errors(SMOOTH[case]._replace(shape=shape, dims=(64, 32)), dtype, "chunked").items():
+        assert error <= 1.0, name
 
 
 @pytest.mark.parametrize(
@@ -352,7 +343,8 @@ def test_chunked_is_within_the_error_budget(
     ids=lambda wrong: "-".join(wrong),
 )
 def test_error_budget_notices_what_is_dropped(wrong: dict[str, Any]) -> None:
-    tensors, settings = budgeted_call((4, 4, 2, 63, 65), "poly3^16-l1-interval", torch.bfloat16, seed=0)
+    case = SMOOTH["poly3^16-l1-interval"]._replace(shape=(4, 4, 2, 63, 65), dims=(64, 32))
+    tensors, settings = inputs(case, torch.bfloat16, 0, "cpu")
     settings["mask"] = padding((4, 4, 2, 63, 65))
     exact = outputs_and_gradients([tensor.double() for tensor in tensors], **settings, backend="reference")
     same_dtype = outputs_and_gradients(tensors, **settings, backend="reference")
@@ -365,22 +357,9 @@ def test_error_budget_notices_what_is_dropped(wrong: dict[str, Any]) -> None:
 
 
 @backends
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda tensor: tensor.contiguous(),
-        lambda tensor: tensor.mT.contiguous().mT,
-        lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
-    ],
-    ids=["contiguous", "transposed", "strided"],
-)
-def test_memory_layout_does_not_matter(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
-    tensors = operands()
-    laid_out = [layout(tensor.detach()) for tensor in tensors]
-    assert laid_out[0].stride() != tensors[0].stride()
-    expected = outputs_and_gradients(tensors, causal=True, backend=backend)
-    for name, result in outputs_and_gradients(laid_out, causal=True, backend=backend).items():
-        assert distance(result, expected[name]) < 1e-12
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter(backend: str, layout: str) -> None:
+    assert layout_difference(backend, layout, operands()) < 1e-12
 
 
 @backends
@@ -397,23 +376,7 @@ def test_keys_expanded_over_the_batch_need_no_copy(backend: str) -> None:
 def test_rows_that_see_nothing_are_zero_and_harmless(
     backend: str, normalizer: str, power: int, dtype: torch.dtype
 ) -> None:
-    tensors = operands(dtype=dtype)
-    with torch.no_grad():
-        tensors[1][:, :, 6] = 3e4  # with power 4, its weight overflows
-    key_hidden = (torch.arange(7) < 6).expand(2, 1, 5, 7)
-    mask = key_hidden.clone()
-    mask[0, :, :2] = False
-    # A dO of 100 over the ε of l1 overflows.
-    settings = {"normalizer": normalizer, "power": power, "radius": 4.0, "backend": backend, "grad_scale": 100.0}
-    results = outputs_and_gradients(tensors, mask=mask, **settings)
-    assert results["output"][0, :2].abs().max() == 0.0
-    assert results["query"][0, :, :2].abs().max() == 0.0
-    assert results["key"][:, :, 6].abs().max() == results["value"][:, :, 6].abs().max() == 0.0
-    assert all(bool(result.isfinite().all()) for result in results.values())
-
-    visible = outputs_and_gradients(tensors, mask=key_hidden, **settings)
-    assert visible["output"][0, :2].abs().max() > 0.0
-    assert visible["query"][0, :, :2].abs().max() > 0.0
+    check_rows_that_see_nothing(backend, normalizer, power, dtype)
 
 
 @backends
@@ -436,17 +399,10 @@ def test_only_visible_keys_are_counted(backend: str, normalizer: str, row: list[
 
 
 @backends
-@pytest.mark.parametrize(
-    "shape", [(0, 2, 1, 3, 3), (2, 2, 1, 0, 3), (2, 2, 1, 3, 0)], ids=["no-batch", "no-query", "no-key"]
-)
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
 @normalizers
 def test_empty_tensors_give_zeros(backend: str, shape: Shape, normalizer: str) -> None:
-    tensors = operands(shape)
-    output = polynomial_attention(*tensors, normalizer=normalizer, backend=backend)
-    assert output.shape == (shape[0], shape[3], shape[1], 3)
-    assert torch.equal(output, torch.zeros_like(output))
-    output.sum().backward()
-    assert all(torch.equal(tensor.grad, torch.zeros_like(tensor)) for tensor in tensors)
+    check_empty_tensors(backend, shape, normalizer, torch.float64)
 
 
 # Blocks and memory ------------------------------------------------------------------------------------------
@@ -557,15 +513,6 @@ def test_keys_are_never_expanded_to_the_query_heads(backend: str, monkeypatch: p
 # Dropout ----------------------------------------------------------------------------------------------------
 
 
-def dropout_pattern(backend: str, probability: float, seed: int = 0, length: int = 64) -> Tensor:
-    """The scale of every weight, (B, Tq, H, Tk): values are the unit vectors and all weights 1."""
-    torch.manual_seed(seed)
-    query = torch.zeros(2, 3, length, 1)
-    values = torch.eye(length).expand(2, 3, length, length)
-    ones = torch.tensor([[1.0, 0.0]])
-    return polynomial_attention(query, query, values, ones, normalizer="none", dropout=probability, backend=backend)
-
-
 def test_backends_drop_the_same_weights() -> None:
     pattern = dropout_pattern("chunked", 0.3)
     assert torch.equal(pattern, dropout_pattern("reference", 0.3))
@@ -574,7 +521,7 @@ def test_backends_drop_the_same_weights() -> None:
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_dropped_fraction_is_the_probability(probability: float) -> None:
-    pattern = dropout_pattern("chunked", probability, length=256)
+    pattern = dropout_pattern("chunked", probability, (256, 256))
     kept = pattern > 0
     assert torch.allclose(pattern[kept], torch.tensor(1.0 / (1.0 - probability)))
     deviation = (probability * (1.0 - probability)) ** 0.5
@@ -664,12 +611,7 @@ def test_checkpointing_recomputes_the_same_dropout(backend: str) -> None:
 def test_operator_obeys_the_library_contract(settings: dict[str, Any], dtype: torch.dtype) -> None:
     call = make_call(operands(dtype=dtype), **settings)
     arguments = [getattr(call, name) for name in Call.__slots__]
-    torch.library.opcheck(library.attention, (*arguments, "chunked"))
-    detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-    output, row_scale = library.attention(*detached, "chunked")
-    grad_output = torch.randn_like(output)
-    arguments = (grad_output, output, row_scale, True, True, *detached, "chunked")
-    torch.library.opcheck(library.attention_backward, arguments)
+    check_library_contract([*arguments, "chunked"])
 
 
 def attend_causally(backend: str, *inputs: Tensor) -> Tensor:
