@@ -89,23 +89,19 @@ def _chunked_why_not(problem: Problem) -> str | None:
 
 
 # Set before Triton is imported, it runs kernels on the CPU, slowly: for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _triton_why_not(problem: Problem) -> str | None:
-    if problem.device != ("cpu" if _INTERPRETED else "cuda"):
+    if problem.device != ("cpu" if INTERPRETED else "cuda"):
         return f"it needs a CUDA device, or TRITON_INTERPRET=1 on the CPU; device {problem.device}"
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {str(problem.dtype).removeprefix('torch.')}"
-    if _INTERPRETED and problem.dtype == torch.bfloat16:
+    if INTERPRETED and problem.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 products wrongly"
     if max(problem.head_dim, problem.value_dim) > 256:
         return f"head dims above 256: {problem.head_dim} and {problem.value_dim}"
-    if problem.return_weights:
-        return "it never forms the whole attention weights (return_weights=True)"
-    if problem.radius_grad:
-        return "it has no gradient for the radius"
-    missing: str | None = _triton_missing()
+    missing: str | None = _chunked_why_not(problem) or _triton_missing()
     return missing
 
 
@@ -116,7 +112,7 @@ def _triton_missing() -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "it needs the package triton: pip install triton"
-    if _INTERPRETED:
+    if INTERPRETED:
         return None
     if torch.version.cuda is None:
         return "it was only built for NVIDIA devices"

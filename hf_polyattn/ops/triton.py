@@ -7,7 +7,6 @@ fixed order. It computes the weights again from q, k and the row scale; nothing 
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import triton_backward, triton_forward
+from .backends import INTERPRETED
 from .call import Call
 from .triton_blocks import Dropout, Operand, Scores, Static, Visibility
 from .tuning import Configuration, configuration, keys
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # In the interpreter, which has no device: small blocks, so that short sequences cross block boundaries.
 _INTERPRETED_CONFIGURATION = Configuration(block_m=16, block_n=16, num_warps=4, num_stages=1)
 _INTERPRETED_PROCESSORS = 4
@@ -163,7 +162,7 @@ def compile_options(tuned: Configuration) -> dict[str, Any]:
 
 
 def _configuration(kernel: str, call: Call) -> Configuration:
-    if _INTERPRETED:
+    if INTERPRETED:
         return _INTERPRETED_CONFIGURATION
     return configuration(kernel, table_keys(call), call.query.device)
 
