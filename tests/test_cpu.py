@@ -284,6 +284,15 @@ def test_without_a_compiler_auto_warns_once_and_uses_pytorch(monkeypatch: pytest
         polynomial_attention(*tensors, backend="cpu")
 
 
+def test_a_system_without_file_locks_is_told_so(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with pytest.raises(
+        build.BuildError, match=r"under a file lock \(fcntl\), which .* does not have; backend='chunked'"
+    ):
+        build.build()
+    assert compiled(sources) == 0
+
+
 def test_a_cache_that_cannot_be_written_is_named(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYATTN_CACHE", str(sources / "attention.cpp" / "inside-a-file"))
     with pytest.raises(build.BuildError, match=r"cannot be written to .*inside-a-file.*Set \$POLYATTN_CACHE"):

@@ -7,7 +7,6 @@ wait for its library; it is written beside and renamed.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..errors import BackendError
+from .cache import user_cache
 
 _SOURCES = Path(__file__).parent / "csrc"
 _MAIN = "attention.cpp"
@@ -40,11 +40,8 @@ class BuildError(BackendError):
 
 
 def cache_folder() -> Path:
-    """Returns where built kernels are kept: $POLYATTN_CACHE, or hf_polyattn in the user's cache folder."""
-    given = os.environ.get("POLYATTN_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_polyattn"
+    """Returns where built kernels are kept: $POLYATTN_CACHE, or `user_cache`."""
+    return Path(os.environ.get("POLYATTN_CACHE") or user_cache())
 
 
 def compiler() -> str | None:
@@ -114,7 +111,7 @@ def build() -> Path:
     """Compiles the kernels if they are not built yet; returns the library's path.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the cache cannot be written.
+        BuildError: there is no compiler, it fails, files cannot be locked, or the cache cannot be written.
     """
     library = library_path()
     if library.exists():
@@ -150,6 +147,13 @@ def _compile(library: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError as error:  # Windows
+        raise BuildError(
+            f"the CPU kernels are built under a file lock (fcntl), which {platform.system()} does not have; "
+            "backend='chunked' needs no build."
+        ) from error
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

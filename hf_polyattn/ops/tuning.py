@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .cache import user_cache
+
 KERNELS = ("forward", "grad_query", "grad_key_value", "decode")
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = (64, 128, 256)
@@ -35,9 +37,8 @@ Table = dict[str, dict[str, Configuration]]
 
 
 def local_folder() -> Path:
-    """Returns where `tune` writes: $POLYATTN_TUNING, or hf_polyattn/tuning in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("POLYATTN_TUNING", cache / "hf_polyattn" / "tuning"))
+    """Returns where `tune` writes: $POLYATTN_TUNING, or tuning in `user_cache`."""
+    return Path(os.environ.get("POLYATTN_TUNING") or user_cache() / "tuning")
 
 
 def read_table(path: Path) -> Table:
