@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import PatchError
 from .ops import polynomial_attention
 from .ops.api import autocast_inputs
+from .ops.call import compute_dtype
 from .spec import PolyAttentionConfig
 
 CHILD_NAME = "polyattn"
@@ -148,7 +149,7 @@ class PolyAttention(nn.Module):
         Of the query as autocast rounds it: the score has the same rounding, and the difference is small.
         """
         (query,) = autocast_inputs(query)
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(query.dtype)
         with torch.autocast(device_type=query.device.type, enabled=False):
             shift = (query.to(dtype) @ self.key_shift.to(dtype).unsqueeze(-1)).squeeze(-1)
             return self.center.to(dtype)[:, None] + scaling * shift

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..spec import MAX_DEGREE, NORMALIZERS, POWERS, Normalizer
 from . import backends
-from .call import Call
+from .call import Call, compute_dtype
 from .dropout import new_seed
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -309,5 +309,4 @@ def _radius(radius: float | Tensor, query: Tensor) -> Tensor | None:
 
 
 def _per_head(number: float, query: Tensor) -> Tensor:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.full((query.shape[1],), number, dtype=dtype, device=query.device)
+    return torch.full((query.shape[1],), number, dtype=compute_dtype(query.dtype), device=query.device)

@@ -13,6 +13,11 @@ EPSILON = 1e-37
 ROW_EXPONENTS = {"rsqrt": -0.5, "mean": -1.0, "none": 0.0}
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of scores and row scales for operands of a dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Tensors and settings of one call. B batch, H heads, G key/value heads, Tq, Tk, D head dim, P degree.
@@ -51,5 +56,27 @@ class Call:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float64 for float64 queries, else float32."""
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        """The dtype of scores and row scales."""
+        return compute_dtype(self.query.dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no query meets a key, or nothing comes of it; the results are zeros then."""
+        return 0 in (*self.query.shape, *self.key.shape, *self.value.shape)
+
+    def zero_results(self) -> tuple[Tensor, Tensor]:
+        """Returns zeros for the output and the row scale, as `library` says."""
+        batch, heads, q_len, _ = self.query.shape
+        output = self.query.new_zeros((batch, q_len, heads, self.value.shape[3]))
+        rows = (batch, heads, q_len) if self.normalizer == "l1" else (0,)
+        return output, output.new_zeros(rows, dtype=self.compute_dtype)
+
+    def zero_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Returns zeros for the gradients of query, key, value, coefficients and center, as `library` says."""
+        query, key, value, coefficients = (
+            torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            for tensor in (self.query, self.key, self.value, self.coefficients)
+        )
+        center = coefficients if self.center is None else self.center
+        shape = (0,) if self.center is None else self.center.shape
+        return query, key, value, coefficients, center.new_zeros(shape)

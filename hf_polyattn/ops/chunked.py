@@ -29,17 +29,14 @@ _BAND_ROWS = 128
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale as `library` says."""
-    batch, heads, q_len, _ = call.query.shape
-    l1 = call.normalizer == "l1"
-    out = call.query.new_zeros((batch, q_len, heads, call.value.shape[3]))
-    scales = out.new_zeros((batch, heads, q_len) if l1 else (0,), dtype=call.compute_dtype)
+    out, scales = call.zero_results()
     with torch.autocast(device_type=call.query.device.type, enabled=False):
         for block in _blocks(_fold(call)):
             w = block.hide(_horner(block.scores(), block.coefficients()))
             for _ in range(call.power.bit_length() - 1):
                 w.mul_(w)
             row_scale = block.fixed_row_scale
-            if l1:
+            if call.normalizer == "l1":
                 row_scale = _l1_row_scale(w)
                 scales[block.entries, block.heads, block.rows] = row_scale[..., 0]
             if call.seed is not None:

@@ -14,10 +14,8 @@ from .call import Call
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale as `library` says."""
-    if _is_empty(call):
-        batch, heads, q_len, _ = call.query.shape
-        row_scale = torch.zeros((batch, heads, q_len) if call.normalizer == "l1" else (0,))
-        return call.query.new_zeros((batch, q_len, heads, call.value.shape[3])), row_scale
+    if call.is_empty:
+        return call.zero_results()
     output, row_scale = _kernels().attention(*_arguments(call))
     return output, row_scale
 
@@ -26,15 +24,12 @@ def backward(
     grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call, *, coefficients_grad: bool, center_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none)."""
-    tensors = (call.query, call.key, call.value, call.coefficients)
-    if _is_empty(call):
-        query, key, value, coefficients = (torch.zeros(t.shape, dtype=t.dtype) for t in tensors)
-        center = torch.zeros((0,) if call.center is None else call.center.shape, dtype=call.coefficients.dtype)
-    else:
-        moments = coefficients_grad and not (call.monomial and call.normalizer == "l1")  # c·t^P over its sum knows no c
-        query, key, value, coefficients, center = _kernels().attention_backward(
-            _rows(grad_output), row_scale, moments, *_arguments(call)
-        )
+    if call.is_empty:
+        return call.zero_gradients()
+    moments = coefficients_grad and not (call.monomial and call.normalizer == "l1")  # c·t^P over its sum knows no c
+    query, key, value, coefficients, center = _kernels().attention_backward(
+        _rows(grad_output), row_scale, moments, *_arguments(call)
+    )
     if call.center is not None:
         center = center.to(call.center.dtype)
     return query, key, value, coefficients.to(call.coefficients.dtype), center
@@ -43,10 +38,6 @@ def backward(
 def _kernels() -> Any:
     build.load()
     return torch.ops.polyattn_cpu
-
-
-def _is_empty(call: Call) -> bool:
-    return 0 in (*call.query.shape, *call.key.shape, *call.value.shape)
 
 
 def _rows(tensor: Tensor) -> Tensor:

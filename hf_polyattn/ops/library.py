@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .call import Call
+from .call import Call, compute_dtype
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? mask, Tensor? ranges, Tensor? center, "
@@ -61,9 +61,8 @@ def attention_backward(
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = arguments
     output = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     l1 = arguments[_NORMALIZER] == "l1"
-    return output, query.new_empty(query.shape[:3] if l1 else (0,), dtype=dtype)
+    return output, query.new_empty(query.shape[:3] if l1 else (0,), dtype=compute_dtype(query.dtype))
 
 
 @attention_backward.register_fake

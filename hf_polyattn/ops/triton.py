@@ -31,13 +31,13 @@ _MAX_DECODE_QUERIES = 16
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale as `library` says."""
+    if call.is_empty:
+        return call.zero_results()
     batch, heads, q_len, _ = call.query.shape
     k_len = call.key.shape[2]
     out = call.query.new_empty((batch, q_len, heads, call.value.shape[3]))
     l1 = call.normalizer == "l1"
     row_scale = call.query.new_empty((batch, heads, q_len) if l1 else (0,), dtype=torch.float32)
-    if out.numel() == 0 or k_len == 0:
-        return out.zero_(), row_scale.zero_()
     repeats = heads // call.key.shape[1]
     if repeats * q_len <= _MAX_DECODE_ROWS and q_len <= _MAX_DECODE_QUERIES and k_len >= 16 * q_len:
         _decode(call, out, row_scale)
@@ -64,6 +64,8 @@ def backward(
     center_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key, value, coefficients and center, as `library` says."""
+    if call.is_empty:
+        return call.zero_gradients()
     center_grad = center_grad and call.center is not None
     batch, heads, q_len, _ = call.query.shape
     groups, k_len = call.key.shape[1:3]
@@ -74,9 +76,6 @@ def backward(
     grad_coefficients = torch.zeros_like(call.coefficients, memory_format=torch.contiguous_format)
     grad_center = grad_coefficients.new_zeros((0,) if call.center is None else call.center.shape, dtype=torch.float32)
     center_dtype = call.coefficients.dtype if call.center is None else call.center.dtype
-    if grad_output.numel() == 0 or k_len == 0:
-        grads = (grad_query.zero_(), grad_key.zero_(), grad_value.zero_())
-        return (*grads, grad_coefficients, grad_center.to(center_dtype))
 
     tuned = _configuration("grad_query", call)
     static = _static(call, tuned)
