@@ -10,7 +10,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
@@ -20,6 +19,8 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace polyattn {
@@ -289,8 +290,7 @@ struct Results {
       : output(output.mutable_data_ptr<scalar_t>()), row_scale(row_scale.mutable_data_ptr<float>()) {}
 
   // Writes one row: its output is r_i `from`, and for l1 `sum` is Σ |w|.
-  void write(const Call& call, int64_t b, int64_t h, int64_t i, Range keys, const float* from,
-             float sum) const {
+  void write(const Call& call, int64_t b, int64_t h, int64_t i, Range keys, const float* from, float sum) const {
     float scale = call.l1() ? 0.0f : call.fixed_row_scale(b, h, i, keys);
     if (call.l1()) {
       if (sum > 0.0f) scale = 1.0f / (kEpsilon + sum);
@@ -334,14 +334,13 @@ void forward(const Call& call, const Tensor& output, const Tensor& row_scale) {
     for (int64_t start = 0; start < call.k_len; start += key_step) {
       const Range keys{start, std::min(start + key_step, call.k_len)};
       if (std::none_of(blocks.begin(), blocks.end(), [&](const RowBlock& b) { return b.sees(keys); })) continue;
-      const int64_t count = keys.stop - keys.start;
-      prefetch_rows(all_keys(entry, group, start), all_keys.strides[2], count, call.head_dim);
-      prefetch_rows(all_values(entry, group, start), all_values.strides[2], count, width);
-      const auto [key, ld_key] = operand<scalar_t, mm_t>(all_keys(entry, group, start),
-                                                         all_keys.strides[2], count, call.head_dim, memory.key_rows);
+      const int64_t count = keys.stop - keys.start, ld_keys = all_keys.strides[2], ld_values = all_values.strides[2];
+      const scalar_t *from_key = all_keys(entry, group, start), *from_value = all_values(entry, group, start);
+      prefetch_rows(from_key, ld_keys, count, call.head_dim);
+      prefetch_rows(from_value, ld_values, count, width);
+      const auto [key, ld_key] = operand<scalar_t, mm_t>(from_key, ld_keys, count, call.head_dim, memory.key_rows);
       pack_b_transposed(key, ld_key, count, depth, memory.keys, key_step);
-      const auto [value, ld_value] = operand<scalar_t, mm_t>(all_values(entry, group, start),
-                                                             all_values.strides[2], count, width, memory.value_rows);
+      const auto [value, ld_value] = operand<scalar_t, mm_t>(from_value, ld_values, count, width, memory.value_rows);
       pack_b(value, ld_value, count, width, memory.values, key_step);
 
       for (size_t n = 0; n < blocks.size(); ++n) {
@@ -352,9 +351,8 @@ void forward(const Call& call, const Tensor& output, const Tensor& row_scale) {
           prefetch_rows(queries(entry, next.head, next.first), queries.strides[2], next.rows, call.head_dim);
         }
         const Polynomial polynomial = call.polynomial(block.head);
-        const auto [query, ld_query] =
-            operand<scalar_t, mm_t>(queries(entry, block.head, block.first),
-                                    queries.strides[2], block.rows, call.head_dim, memory.query);
+        const auto [query, ld_query] = operand<scalar_t, mm_t>(
+            queries(entry, block.head, block.first), queries.strides[2], block.rows, call.head_dim, memory.query);
         multiply<mm_t>(block.rows, key_step, depth, query, ld_query, memory.keys, key_step, memory.scores, key_step,
                        false);
         for (int64_t i = 0; i < block.rows; ++i) {
@@ -413,8 +411,7 @@ void decode(const Call& call, const Tensor& output, const Tensor& row_scale) {
 
     for (int64_t n = 0; n < rows; ++n) {
       const int64_t head = group * repeats + n / call.q_len;
-      pack_rows(queries(entry, head, n % call.q_len), 0, 1, depth, memory.query + n * depth,
-                depth);
+      pack_rows(queries(entry, head, n % call.q_len), 0, 1, depth, memory.query + n * depth, depth);
     }
     const int64_t vectors = depth / kLanes * kLanes;
     for (int64_t j = 0; j < columns; ++j) {
@@ -516,33 +513,30 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
     Buffer<float> scores, grad_weights, visible, kept, row_values, sums, grad_query, grad_query_rows, partial;
   };
   auto make = [&] {
-    return Memory{Buffer<mm_t>(call.k_len * depth),    Buffer<mm_t>(call.k_len * width),
-                  Buffer<mm_t>(head_dim * padded_keys), Buffer<mm_t>(rows * depth),
-                  Buffer<mm_t>(rows * depth),          Buffer<mm_t>(rows * head_dim),
-                  Buffer<mm_t>(rows * width),          Buffer<mm_t>(rows * width),
-                  Buffer<mm_t>(rows * value_dim),      Buffer<mm_t>(tile),
-                  Buffer<mm_t>(tile),                  Buffer<mm_t>(tile + 2 * rows),
-                  Buffer<float>(scores),               Buffer<float>(scores),
-                  Buffer<float>(tile),                 Buffer<float>(call.seed ? tile : 0),
-                  Buffer<float>(3 * rows),             Buffer<float>(sum_count * rows),
-                  Buffer<float>(head_dim * rows),      Buffer<float>(rows * head_dim),
+    return Memory{Buffer<mm_t>(call.k_len * depth), Buffer<mm_t>(call.k_len * width),
+                  Buffer<mm_t>(head_dim * padded_keys), Buffer<mm_t>(rows * depth), Buffer<mm_t>(rows * depth),
+                  Buffer<mm_t>(rows * head_dim), Buffer<mm_t>(rows * width), Buffer<mm_t>(rows * width),
+                  Buffer<mm_t>(rows * value_dim), Buffer<mm_t>(tile), Buffer<mm_t>(tile),
+                  Buffer<mm_t>(tile + 2 * rows), Buffer<float>(scores), Buffer<float>(scores), Buffer<float>(tile),
+                  Buffer<float>(call.seed ? tile : 0), Buffer<float>(3 * rows), Buffer<float>(sum_count * rows),
+                  Buffer<float>(head_dim * rows), Buffer<float>(rows * head_dim),
                   Buffer<float>(alone ? partial_size : 0)};
   };
 
   run_tasks(pairs * chunks.count, make, [&](int64_t task, Memory& memory) {
     const int64_t chunk = chunks.count - 1 - task / pairs, pair = task % pairs;
     const int64_t entry = pair / call.groups, group = pair % call.groups;
-    prefetch_rows(all_keys(entry, group, 0), all_keys.strides[2], std::min(call.k_len, kKeys), head_dim);
-    prefetch_rows(all_values(entry, group, 0), all_values.strides[2], std::min(call.k_len, kKeys), value_dim);
-    const mm_t *key_operand, *value_operand;
+    const int64_t ld_keys = all_keys.strides[2], ld_values = all_values.strides[2];
+    const scalar_t *from_key = all_keys(entry, group, 0), *from_value = all_values(entry, group, 0);
+    prefetch_rows(from_key, ld_keys, std::min(call.k_len, kKeys), head_dim);
+    prefetch_rows(from_value, ld_values, std::min(call.k_len, kKeys), value_dim);
+    const mm_t *key_operand, *value_operand;  // no structured bindings: older compilers capture none in a lambda
     int64_t ld_key, ld_value;
     std::tie(key_operand, ld_key) =
-        operand<scalar_t, mm_t>(all_keys(entry, group, 0), all_keys.strides[2], call.k_len,
-                                head_dim, memory.key_rows);
+        operand<scalar_t, mm_t>(from_key, ld_keys, call.k_len, head_dim, memory.key_rows);
     std::tie(value_operand, ld_value) =
-        operand<scalar_t, mm_t>(all_values(entry, group, 0), all_values.strides[2], call.k_len,
-                                value_dim, memory.value_rows);
-    transpose(key_operand, ld_key, call.k_len, head_dim, static_cast<mm_t*>(memory.keys_transposed), padded_keys, padded_keys);
+        operand<scalar_t, mm_t>(from_value, ld_values, call.k_len, value_dim, memory.value_rows);
+    transpose<mm_t>(key_operand, ld_key, call.k_len, head_dim, memory.keys_transposed, padded_keys, padded_keys);
     float* grad_key = alone ? memory.partial : partial + (pair * chunks.count + chunk) * partial_size;
     float* grad_value = grad_key + call.k_len * head_dim;
     std::fill_n(grad_key, partial_size, 0.0f);
@@ -551,14 +545,15 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
     for (const RowBlock& block : chunks.of(call, entry, group, chunk)) {
       const Polynomial polynomial = call.polynomial(block.head);
       const int64_t block_rows = round_up(block.rows, kPad);
+      const int64_t ld_queries = queries.strides[2], ld_grads = grads.strides[1];
+      const scalar_t* from_query = queries(entry, block.head, block.first);
+      const scalar_t* from_grad = grads(entry, block.first, block.head);
+      prefetch_rows(from_query, ld_queries, block.rows, head_dim);
+      prefetch_rows(from_grad, ld_grads, block.rows, value_dim);
       const auto [query, ld_query] =
-          operand<scalar_t, mm_t>(queries(entry, block.head, block.first),
-                                  queries.strides[2], block.rows, head_dim, memory.query_rows);
-      prefetch_rows(queries(entry, block.head, block.first), queries.strides[2], block.rows, head_dim);
-      prefetch_rows(grads(entry, block.first, block.head), grads.strides[1], block.rows, value_dim);
-      const auto* grad_from = grads(entry, block.first, block.head);
-      const auto [grad, ld_grad] = operand<scalar_t, mm_t>(grad_from, grads.strides[1], block.rows, value_dim,
-                                                           memory.grad_rows);
+          operand<scalar_t, mm_t>(from_query, ld_queries, block.rows, head_dim, memory.query_rows);
+      const auto [grad, ld_grad] =
+          operand<scalar_t, mm_t>(from_grad, ld_grads, block.rows, value_dim, memory.grad_rows);
       pack_b_transposed(query, ld_query, block.rows, depth, memory.query_columns, block_rows);
       pack_b(query, ld_query, block.rows, head_dim, memory.query_packed, block_rows);
       pack_b_transposed(grad, ld_grad, block.rows, width, memory.grad_columns, block_rows);
@@ -567,11 +562,11 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
       for (int64_t i = 0; i < block.rows; ++i) {
         const int64_t row = block.first + i;
         offsets[i] = call.row_offset(entry, block.head, row);
-        if (!call.l1()) {
+        if (call.l1()) {
+          scales[i] = *row_scales(entry, block.head, row);
+        } else {
           scales[i] = call.fixed_row_scale(entry, block.head, row, block.keys[i]);
-          continue;
         }
-        scales[i] = *row_scales(entry, block.head, row);
       }
       const RowSums sums{memory.sums, rows, static_cast<int>(terms) - 1};
       std::fill_n(sums.data, sum_count * rows, 0.0f);
@@ -588,20 +583,10 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
           std::fill_n(static_cast<float*>(memory.kept), count * block_rows, 0.0f);
           fill_kept(call, dropout, block, keys, count, 1, block_rows, memory.kept);
         }
-        return BackwardTile<mm_t>{count,
-                                  block_rows,
-                                  memory.scores + at,
-                                  memory.grad_weights + at,
-                                  memory.weights,
-                                  memory.grad_scores,
-                                  memory.grad_scores_packed,
-                                  offsets,
-                                  scales,
-                                  deltas,
-                                  whole ? nullptr : static_cast<float*>(memory.visible),
-                                  call.seed ? static_cast<float*>(memory.kept) : nullptr,
-                                  sums,
-                                  moments};
+        return BackwardTile<mm_t>{
+            count, block_rows, memory.scores + at, memory.grad_weights + at, memory.weights, memory.grad_scores,
+            memory.grad_scores_packed, offsets, scales, deltas, whole ? nullptr : static_cast<float*>(memory.visible),
+            call.seed ? static_cast<float*>(memory.kept) : nullptr, sums, moments};
       };
       auto compute_scores = [&](Range keys) {
         const int64_t count = keys.stop - keys.start, at = call.l1() ? keys.start * block_rows : 0;
@@ -681,45 +666,26 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
                const optional<Tensor>& center, const optional<Tensor>& radius, const optional<Tensor>& mask,
                const optional<Tensor>& ranges, const optional<Tensor>& seed, bool causal, optional<int64_t> window,
                double scaling, int64_t squarings, int64_t normalizer, bool clamp, bool monomial, double dropout) {
-  return {query.size(0),
-          query.size(1),
-          key.size(1),
-          query.size(2),
-          key.size(2),
-          query.size(3),
-          value.size(3),
-          coefficients.size(1),
-          query,
-          key,
-          value,
-          View<float>(coefficients),
-          View<float>(center),
-          View<float>(radius),
-          View<bool>(mask),
-          View<int32_t>(ranges),
-          View<int64_t>(seed),
-          causal,
-          window,
-          scaling,
-          squarings,
-          normalizer,
-          clamp,
-          monomial,
-          dropout};
+  return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3),
+          coefficients.size(1), query, key, value, View<float>(coefficients), View<float>(center), View<float>(radius),
+          View<bool>(mask), View<int32_t>(ranges), View<int64_t>(seed), causal, window, scaling, squarings, normalizer,
+          clamp, monomial, dropout};
 }
 
-// Calls function<scalar_t, mm_t>: bf16 products where the machine has them, fp32 products otherwise.
-#define POLYATTN_DISPATCH(dtype, function, ...)                                  \
-  if (dtype == at::kFloat) {                                                     \
-    function<float, float>(__VA_ARGS__);                                         \
-  } else if (dtype == at::kBFloat16 && has_brgemm<BFloat16>()) {                 \
-    function<BFloat16, BFloat16>(__VA_ARGS__);                                   \
-  } else if (dtype == at::kBFloat16) {                                           \
-    function<BFloat16, float>(__VA_ARGS__);                                      \
-  } else {                                                                       \
-    TORCH_CHECK(dtype == at::kHalf, "bf16, fp16 or fp32 expected, got ", dtype); \
-    function<at::Half, float>(__VA_ARGS__);                                      \
+// Calls run<scalar_t, mm_t>(): bf16 products where the machine has them, fp32 products otherwise.
+template <typename Run>
+void dispatch(at::ScalarType dtype, const Run& run) {
+  if (dtype == at::kFloat) {
+    run.template operator()<float, float>();
+  } else if (dtype == at::kBFloat16 && has_brgemm<BFloat16>()) {
+    run.template operator()<BFloat16, BFloat16>();
+  } else if (dtype == at::kBFloat16) {
+    run.template operator()<BFloat16, float>();
+  } else {
+    TORCH_CHECK(dtype == at::kHalf, "bf16, fp16 or fp32 expected, got ", dtype);
+    run.template operator()<at::Half, float>();
   }
+}
 
 template <typename... Arguments>
 std::tuple<Tensor, Tensor> attention(const Arguments&... arguments) {
@@ -728,17 +694,13 @@ std::tuple<Tensor, Tensor> attention(const Arguments&... arguments) {
   const Tensor output = at::empty({call.batch, call.q_len, call.heads, call.value_dim}, options);
   Tensor row_scale = at::empty({0}, options.dtype(at::kFloat));
   if (call.l1()) row_scale = at::empty({call.batch, call.heads, call.q_len}, options.dtype(at::kFloat));
-  if (call.repeats() * call.q_len <= kDecodeRows) {
-    if (call.query.scalar_type() == at::kFloat) {
-      decode<float>(call, output, row_scale);
-    } else if (call.query.scalar_type() == at::kBFloat16) {
-      decode<BFloat16>(call, output, row_scale);
+  dispatch(call.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
+    if (call.repeats() * call.q_len <= kDecodeRows) {
+      decode<scalar_t>(call, output, row_scale);
     } else {
-      decode<at::Half>(call, output, row_scale);
+      forward<scalar_t, mm_t>(call, output, row_scale);
     }
-  } else {
-    POLYATTN_DISPATCH(call.query.scalar_type(), forward, call, output, row_scale);
-  }
+  });
   return {output, row_scale};
 }
 
@@ -755,7 +717,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tens
   if (call.center) {
     gradients.center = at::empty({call.batch, call.heads, call.q_len}, options.dtype(at::kFloat));
   }
-  POLYATTN_DISPATCH(call.query.scalar_type(), backward, call, grad_output, row_scale, coefficients_grad, gradients);
+  dispatch(call.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
+    backward<scalar_t, mm_t>(call, grad_output, row_scale, coefficients_grad, gradients);
+  });
   return {gradients.query, gradients.key, gradients.value, gradients.coefficients, gradients.center};
 }
 
@@ -779,6 +743,5 @@ TORCH_LIBRARY(polyattn_cpu, library) {
 
 TORCH_LIBRARY_IMPL(polyattn_cpu, CPU, library) {
   library.impl("attention", polyattn::attention<POLYATTN_TYPES>);
-  library.impl("attention_backward",
-               polyattn::attention_backward<POLYATTN_TYPES>);
+  library.impl("attention_backward", polyattn::attention_backward<POLYATTN_TYPES>);
 }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -214,7 +215,9 @@ inline void multiply_plain(int64_t m, int64_t n, int64_t k, const float* a, int6
     for (; i < m; ++i) multiply_registers<1, 2>(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
   }
   for (; j + kLanes <= n; j += kLanes) {
-    for (int64_t i = 0; i < m; ++i) multiply_registers<1, 1>(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+    for (int64_t i = 0; i < m; ++i) {
+      multiply_registers<1, 1>(k, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+    }
   }
   for (; j < n; ++j) {
     for (int64_t i = 0; i < m; ++i) {

@@ -3,7 +3,8 @@
 
 #include "blocks.h"
 
-#include <array>
+#include <algorithm>
+#include <cstdint>
 #include <utility>
 
 namespace polyattn {
@@ -261,47 +262,40 @@ void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
 
 // The instance of a template for a polynomial --------------------------------------------------------------------
 
-template <typename mm_t>
-using ForwardFunction = void (*)(const ForwardTile<mm_t>&, const Polynomial&);
-template <typename mm_t>
-using BackwardFunction = void (*)(const BackwardTile<mm_t>&, const Polynomial&);
-
-// Variants: (no) l1 × general, clamped, monomial.
-template <typename mm_t, int... P>
-ForwardFunction<mm_t> choose_weights(const Polynomial& p, std::integer_sequence<int, P...>) {
-  static constexpr ForwardFunction<mm_t> table[][6] = {
-      {weights<mm_t, P + 1, false, false, false>, weights<mm_t, P + 1, false, true, false>,
-       weights<mm_t, P + 1, false, false, true>, weights<mm_t, P + 1, true, false, false>,
-       weights<mm_t, P + 1, true, true, false>, weights<mm_t, P + 1, true, false, true>}...};
+// Calls instance<P, kL1, kClamp, kMonomial>() for every kind of polynomial, and returns what it gave for this one. A
+// clamped monomial counts as clamped.
+template <typename Instance, int... P>
+auto choose(const Polynomial& p, Instance, std::integer_sequence<int, P...>) {
+  using Function = decltype(Instance().template operator()<1, false, false, false>());
+  static constexpr Function table[][6] = {{Instance().template operator()<P + 1, false, false, false>(),
+                                           Instance().template operator()<P + 1, false, true, false>(),
+                                           Instance().template operator()<P + 1, false, false, true>(),
+                                           Instance().template operator()<P + 1, true, false, false>(),
+                                           Instance().template operator()<P + 1, true, true, false>(),
+                                           Instance().template operator()<P + 1, true, false, true>()}...};
   return table[p.degree - 1][3 * p.l1 + (p.clamp ? 1 : 2 * p.monomial)];
 }
+
 template <typename mm_t>
-ForwardFunction<mm_t> choose_weights(const Polynomial& p) {
-  return choose_weights<mm_t>(p, std::make_integer_sequence<int, kMaxDegree>());
+auto choose_weights(const Polynomial& p) {
+  auto instance = []<int P, bool kL1, bool kClamp, bool kMonomial>() {
+    return &weights<mm_t, P, kL1, kClamp, kMonomial>;
+  };
+  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
 }
 
-template <typename mm_t, int... P>
-BackwardFunction<mm_t> choose_gradients(const Polynomial& p, std::integer_sequence<int, P...>) {
-  static constexpr BackwardFunction<mm_t> table[][6] = {
-      {gradients<mm_t, P + 1, false, false, false>, gradients<mm_t, P + 1, false, true, false>,
-       gradients<mm_t, P + 1, false, false, true>, gradients<mm_t, P + 1, true, false, false>,
-       gradients<mm_t, P + 1, true, true, false>, gradients<mm_t, P + 1, true, false, true>}...};
-  return table[p.degree - 1][3 * p.l1 + (p.clamp ? 1 : 2 * p.monomial)];
-}
 template <typename mm_t>
-BackwardFunction<mm_t> choose_gradients(const Polynomial& p) {
-  return choose_gradients<mm_t>(p, std::make_integer_sequence<int, kMaxDegree>());
+auto choose_gradients(const Polynomial& p) {
+  auto instance = []<int P, bool kL1, bool kClamp, bool kMonomial>() {
+    return &gradients<mm_t, P, kL1, kClamp, kMonomial>;
+  };
+  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
 }
 
-template <typename mm_t, int... P>
-BackwardFunction<mm_t> choose_weigh(const Polynomial& p, std::integer_sequence<int, P...>) {
-  static constexpr BackwardFunction<mm_t> table[][3] = {
-      {weigh<mm_t, P + 1, false, false>, weigh<mm_t, P + 1, true, false>, weigh<mm_t, P + 1, false, true>}...};
-  return table[p.degree - 1][p.clamp ? 1 : 2 * p.monomial];
-}
 template <typename mm_t>
-BackwardFunction<mm_t> choose_weigh(const Polynomial& p) {
-  return choose_weigh<mm_t>(p, std::make_integer_sequence<int, kMaxDegree>());
+auto choose_weigh(const Polynomial& p) {
+  auto instance = []<int P, bool, bool kClamp, bool kMonomial>() { return &weigh<mm_t, P, kClamp, kMonomial>; };
+  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
 }
 
 }  // namespace polyattn
