@@ -19,13 +19,14 @@ from .triton_blocks import (
     finish_rows,
     hash_rows,
     keep_scale_of,
-    load_coefficients,
-    load_inverse_radius,
     load_offset,
+    load_polynomial,
     load_rows,
     locate,
     locate_mask_rows,
     locate_program,
+    locate_query_rows,
+    look,
     multiply_transposed,
     new_sums,
     raise_to,
@@ -33,16 +34,16 @@ from .triton_blocks import (
     scale_slopes,
     store_rows,
     subtract_delta,
+    visit_blocks,
     zero_rows,
 )
 
 
 @triton.jit
-def _delta_block(
-    total, start, q, do, key, value, a, b, c, low, high, mask_rows, words, scores, visibility, dropout,
-    MASKED: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+def _delta_block(total, start, operands, MASKED: tl.constexpr, S: tl.constexpr):
     """Adds the keys start..start + block_n to the sum of w·g."""
+    q, do, key, value, a, b, c, seen, scores, visibility, dropout = operands
+    low, high, mask_rows, words = seen
     even: tl.constexpr = S.k_even or not MASKED
     k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
     v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_dim, even)
@@ -65,54 +66,35 @@ def delta_kernel(
     in which most cancels (l1 does not change with the scale of p, and hardly with the center if p^s is near exp), and
     the rounding of O and of the forward's w would be all that remains. EXACT sums float32 w·g for them.
     """
-    block, head, entry = locate_program(visibility.q_len, heads, S.block_m)
-    if S.causal:
-        block = tl.cdiv(visibility.q_len, S.block_m) - 1 - block
-    first = block * S.block_m
-    rows = tl.minimum(first + tl.arange(0, S.block_m), visibility.q_len - 1)
-    c = load_coefficients(scores, head, S)
-    inverse_radius = load_inverse_radius(scores, head)
-    a = scores.scaling * inverse_radius
+    _, head, entry, first, rows, places = locate_query_rows(visibility, heads, S)
+    c, inverse_radius, a = load_polynomial(scores, head, S)
     factor = compute_factor(c, a, S)
-    scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
     do = load_rows(
         locate(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_dim, S.q_even
     )
     if EXACT:
         low, high = find_interval(visibility, entry, rows, S)
-        mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
-        words = hash_rows(dropout, visibility, entry, head, heads, rows)[:, None]
+        seen = look(low, high, visibility, dropout, entry, head, heads, rows)
         b = load_offset(scores, entry, head, rows, inverse_radius)[:, None]
         q = load_rows(locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_dim, S.q_even)
         k = (locate(key, entry, head // repeats), key.row)
         v = (locate(value, entry, head // repeats), value.row)
-        total = zero_rows(S.block_m)
-        begin, end, whole, stop = find_key_blocks(low, high, visibility, S)
-        for start in tl.range(whole, stop, S.block_n):
-            total = _delta_block(
-                total, start, q, do, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores,
-                visibility, dropout, False, S,
-            )  # fmt: skip
-        if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None or not S.k_even:
-            for start in tl.range(begin, end - (stop - whole), S.block_n):
-                at = start + tl.where(start >= whole, stop - whole, 0)
-                total = _delta_block(
-                    total, at, q, do, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores,
-                    visibility, dropout, True, S,
-                )  # fmt: skip
-        total *= tl.load(row_scale + scales) * tl.abs(factor)
+        operands = (q, do, k, v, a, b, c, seen, scores, visibility, dropout)
+        bounds = find_key_blocks(low, high, visibility, S)
+        total = visit_blocks(_delta_block, zero_rows(S.block_m), operands, bounds, visibility, S.block_n, S.k_even, S)
+        total *= tl.load(row_scale + places) * tl.abs(factor)
     else:
         o = load_rows(locate(out, entry, head), out.row, first, visibility.q_len, S.block_m, S.value_dim, S.q_even)
         total = dot_rows(do, o) * tl.where(factor < 0.0, -1.0, 1.0) / keep_scale_of(dropout)
-    tl.store(delta + scales, total, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
+    tl.store(delta + places, total, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
 
 
 @triton.jit
-def _grad_query_block(
-    sums, moments, shift, start, q, do, key, value, a, b, c, slopes, delta, low, high, mask_rows, words, scores,
-    visibility, dropout, MOMENTS: tl.constexpr, SHIFT: tl.constexpr, MASKED: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys start..start + block_n to the sums of dt·k, dp·t^k and dt."""
+def _grad_query_block(state, start, operands, MASKED: tl.constexpr, S: tl.constexpr):
+    """Adds the keys start..start + block_n to the sums of dt·k, dp·t^k and dt; the last two where they are not ()."""
+    sums, shift, moments = state
+    q, do, key, value, a, b, c, slopes, delta, seen, scores, visibility, dropout = operands
+    low, high, mask_rows, words = seen
     even: tl.constexpr = S.k_even or not MASKED
     k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
     v = load_rows(value[0], value[1], start, visibility.k_len, S.block_n, S.value_dim, even)
@@ -130,9 +112,9 @@ def _grad_query_block(
         dw *= outer
     dt = dw * inner
 
-    if MOMENTS and S.monomial:
+    if len(moments) > 0 and S.monomial:
         moments = (moments[0] + tl.sum(dt * t, 1),)
-    elif MOMENTS:
+    elif len(moments) > 0:
         added = ()
         for k_power in tl.static_range(len(moments)):
             added = added + (moments[k_power] + tl.sum(dw, 1),)
@@ -140,9 +122,9 @@ def _grad_query_block(
         moments = added
     if S.clamp:
         dt = tl.where(tl.abs(t) < 1.0, dt, 0.0)
-    if SHIFT:
-        shift += tl.sum(dt, 1)
-    return accumulate(sums, dt, k, S), moments, shift
+    if len(shift) > 0:
+        shift = (shift[0] + tl.sum(dt, 1),)
+    return accumulate(sums, dt, k, S), shift, moments
 
 
 @triton.jit
@@ -155,17 +137,10 @@ def grad_query_kernel(
     Grid: as `forward_kernel`. With MOMENTS writes the coefficients' gradient over these rows (B, H, blocks, P + 1;
     of a monomial only c_P's), with SHIFT the center's (B, H, Tq). Sums are float32.
     """
-    block, head, entry = locate_program(visibility.q_len, heads, S.block_m)
-    if S.causal:
-        block = tl.cdiv(visibility.q_len, S.block_m) - 1 - block
-    first = block * S.block_m
-    rows = tl.minimum(first + tl.arange(0, S.block_m), visibility.q_len - 1)
+    block, head, entry, first, rows, places = locate_query_rows(visibility, heads, S)
     low, high = find_interval(visibility, entry, rows, S)
-    mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
-    words = hash_rows(dropout, visibility, entry, head, heads, rows)[:, None]
-    c = load_coefficients(scores, head, S)
-    inverse_radius = load_inverse_radius(scores, head)
-    a = scores.scaling * inverse_radius
+    seen = look(low, high, visibility, dropout, entry, head, heads, rows)
+    c, inverse_radius, a = load_polynomial(scores, head, S)
     b = load_offset(scores, entry, head, rows, inverse_radius)[:, None]
     slopes = scale_slopes(c, a if S.fold else inverse_radius, S)  # no scaling in dcenter, where it may be 0
 
@@ -173,36 +148,28 @@ def grad_query_kernel(
     do = load_rows(
         locate(grad_out, entry, head), grad_out.row, first, visibility.q_len, S.block_m, S.value_dim, S.q_even
     )
-    scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
     delta_rows = zero_rows(S.block_m)[:, None]
     if S.normalizer == "l1":
         inside = first + tl.arange(0, S.block_m) < visibility.q_len
-        delta_rows = tl.load(delta + scales, mask=inside, other=0.0)[:, None]
+        delta_rows = tl.load(delta + places, mask=inside, other=0.0)[:, None]
 
     k = (locate(key, entry, head // repeats), key.row)
     v = (locate(value, entry, head // repeats), value.row)
-    sums = new_sums(S.block_m, S.head_dim, S)
-    shift = zero_rows(S.block_m)
+    shift = ()
+    if SHIFT:
+        shift = (zero_rows(S.block_m),)
     moments = ()
     if MOMENTS:
         for _ in tl.static_range(len(c)):
             moments = moments + (zero_rows(S.block_m),)
-    begin, end, whole, stop = find_key_blocks(low, high, visibility, S)
-    for start in tl.range(whole, stop, S.block_n):
-        sums, moments, shift = _grad_query_block(
-            sums, moments, shift, start, q, do, k, v, a, b, c, slopes, delta_rows, low[:, None],
-            high[:, None], mask_rows, words, scores, visibility, dropout, MOMENTS, SHIFT, False, S,
-        )  # fmt: skip
-    if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None or not S.k_even:
-        for start in tl.range(begin, end - (stop - whole), S.block_n):
-            at = start + tl.where(start >= whole, stop - whole, 0)
-            sums, moments, shift = _grad_query_block(
-                sums, moments, shift, at, q, do, k, v, a, b, c, slopes, delta_rows, low[:, None],
-                high[:, None], mask_rows, words, scores, visibility, dropout, MOMENTS, SHIFT, True, S,
-            )  # fmt: skip
+    operands = (q, do, k, v, a, b, c, slopes, delta_rows, seen, scores, visibility, dropout)
+    # With moments before shift, ptxas takes up to 31 registers more.
+    state = (new_sums(S.block_m, S.head_dim, S), shift, moments)
+    bounds = find_key_blocks(low, high, visibility, S)
+    sums, shift, moments = visit_blocks(_grad_query_block, state, operands, bounds, visibility, S.block_n, S.k_even, S)
 
     if S.normalizer == "l1" or visibility.mask is not None:
-        scale = tl.load(row_scale + scales)
+        scale = tl.load(row_scale + places)
     else:
         scale = scale_by_interval(low, high, S)
     scale *= keep_scale_of(dropout)
@@ -217,7 +184,7 @@ def grad_query_kernel(
     )  # fmt: skip
     if SHIFT:
         inside = first + tl.arange(0, S.block_m) < visibility.q_len
-        tl.store(grad_center + scales, shift * -slope_scale, mask=inside)
+        tl.store(grad_center + places, shift[0] * -slope_scale, mask=inside)
     if MOMENTS:
         blocks = tl.cdiv(visibility.q_len, S.block_m)
         part = (entry.to(tl.int64) * heads + head) * blocks + block
@@ -274,11 +241,14 @@ def _query_blocks(visibility, entry, first_key, last_key, S: tl.constexpr):
 
 
 @triton.jit
-def _grad_key_value_block(
-    key_sums, value_sums, start, k, v, query, grad_out, row_scale, delta, scales, a, c, slopes, inverse_radius,
-    first_key, entry, head, heads, scores, visibility, dropout, MASKED: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+def _grad_key_value_block(state, start, operands, MASKED: tl.constexpr, S: tl.constexpr):
     """Adds the query rows start..start + block_m of one head to the sums of dS·q and r w·dO."""
+    key_sums, value_sums = state
+    keys, queries, polynomial, program, scores, visibility, dropout = operands
+    k, v, first_key = keys
+    query, grad_out, row_scale, delta, place = queries
+    c, inverse_radius, a, slopes = polynomial
+    entry, head, heads = program
     q = load_rows(query[0], query[1], start, visibility.q_len, S.block_m, S.head_dim, S.q_even)
     do = load_rows(grad_out[0], grad_out[1], start, visibility.q_len, S.block_m, S.value_dim, S.q_even)
     rows = tl.minimum(start + tl.arange(0, S.block_m), visibility.q_len - 1)
@@ -286,13 +256,13 @@ def _grad_key_value_block(
     low, high = find_interval(visibility, entry, rows, S)
     b = load_offset(scores, entry, head, rows, inverse_radius)[None, :]
     if S.normalizer == "l1" or visibility.mask is not None:
-        scale = tl.load(row_scale + scales + rows)
+        scale = tl.load(row_scale + place + rows)
     else:
         scale = scale_by_interval(low, high, S)
     scale = (scale * keep_scale_of(dropout))[None, :]
     row_delta = scale
     if S.normalizer == "l1":
-        row_delta = tl.load(delta + scales + rows)[None, :]
+        row_delta = tl.load(delta + place + rows)[None, :]
 
     t = compute_t(multiply_transposed(k, q, S), a, b, scores, S)
     if MASKED:
@@ -343,28 +313,20 @@ def grad_key_value_kernel(
     v = load_rows(locate(value, entry, group), value.row, first_key, visibility.k_len, S.block_n, S.value_dim, S.k_even)
     key_sums = new_sums(S.block_n, S.head_dim, S)
     value_sums = new_sums(S.block_n, S.value_dim, S)
-    begin, end, whole, stop = _query_blocks(visibility, entry, first_key, last_key, S)
+    bounds = _query_blocks(visibility, entry, first_key, last_key, S)
     for repeat in tl.range(repeats):
         head = group * repeats + repeat
-        c = load_coefficients(scores, head, S)
-        inverse_radius = load_inverse_radius(scores, head)
-        a = scores.scaling * inverse_radius
-        slopes = scale_slopes(c, a, S)
+        c, inverse_radius, a = load_polynomial(scores, head, S)
         q = (locate(query, entry, head), query.row)
         do = (locate(grad_out, entry, head), grad_out.row)
-        scales = (entry.to(tl.int64) * heads + head) * visibility.q_len
-        for start in tl.range(whole, stop, S.block_m):
-            key_sums, value_sums = _grad_key_value_block(
-                key_sums, value_sums, start, k, v, q, do, row_scale, delta, scales, a, c, slopes, inverse_radius,
-                first_key, entry, head, heads, scores, visibility, dropout, False, S,
-            )  # fmt: skip
-        if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None:
-            for start in tl.range(begin, end - (stop - whole), S.block_m):
-                at = start + tl.where(start >= whole, stop - whole, 0)
-                key_sums, value_sums = _grad_key_value_block(
-                    key_sums, value_sums, at, k, v, q, do, row_scale, delta, scales, a, c, slopes,
-                    inverse_radius, first_key, entry, head, heads, scores, visibility, dropout, True, S,
-                )  # fmt: skip
+        place = (entry.to(tl.int64) * heads + head) * visibility.q_len
+        operands = (
+            (k, v, first_key), (q, do, row_scale, delta, place), (c, inverse_radius, a, scale_slopes(c, a, S)),
+            (entry, head, heads), scores, visibility, dropout,
+        )  # fmt: skip
+        key_sums, value_sums = visit_blocks(
+            _grad_key_value_block, (key_sums, value_sums), operands, bounds, visibility, S.block_m, True, S
+        )
     factor = zero_rows(S.block_n) + (S.degree if S.fold else 1)
     key_sums = finish_rows(key_sums, factor, S)
     value_sums = finish_rows(value_sums, zero_rows(S.block_n) + 1, S)

@@ -18,30 +18,33 @@ from .triton_blocks import (
     find_key_blocks,
     find_visible,
     finish_rows,
-    hash_rows,
     keep_scale_of,
     load_coefficients,
     load_inverse_radius,
     load_offset,
+    load_polynomial,
     load_rows,
     locate,
     locate_mask_rows,
     locate_program,
+    locate_query_rows,
+    look,
     multiply_transposed,
     new_sums,
     scale_by_interval,
     scale_by_total,
     store_rows,
+    visit_blocks,
     zero_rows,
 )
 
 
 @triton.jit
-def _forward_block(
-    sums, total, start, q, key, value, a, b, c, low, high, mask_rows, words, scores, visibility, dropout,
-    MASKED: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+def _forward_block(state, start, operands, MASKED: tl.constexpr, S: tl.constexpr):
     """Adds the keys start..start + block_n to the sums of w·v and |w|."""
+    sums, total = state
+    q, key, value, a, b, c, seen, scores, visibility, dropout = operands
+    low, high, mask_rows, words = seen
     even: tl.constexpr = S.k_even or not MASKED
     k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
     t = compute_t(multiply_transposed(q, k, S), a, b, scores, S)
@@ -65,45 +68,26 @@ def forward_kernel(
     Grid: blocks of query rows × heads × batch, in one dimension. Reads q once and k and v of all visible blocks;
     with a dense mask reads r_i, for l1 writes it.
     """
-    block, head, entry = locate_program(visibility.q_len, heads, S.block_m)
-    if S.causal:  # the longest rows first
-        block = tl.cdiv(visibility.q_len, S.block_m) - 1 - block
-    first = block * S.block_m
-    rows = tl.minimum(first + tl.arange(0, S.block_m), visibility.q_len - 1)
+    _, head, entry, first, rows, places = locate_query_rows(visibility, heads, S)
     low, high = find_interval(visibility, entry, rows, S)
-    mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
-    words = hash_rows(dropout, visibility, entry, head, heads, rows)[:, None]
-    c = load_coefficients(scores, head, S)
-    inverse_radius = load_inverse_radius(scores, head)
-    a = scores.scaling * inverse_radius
+    seen = look(low, high, visibility, dropout, entry, head, heads, rows)
+    c, inverse_radius, a = load_polynomial(scores, head, S)
     b = load_offset(scores, entry, head, rows, inverse_radius)[:, None]
 
     q = load_rows(locate(query, entry, head), query.row, first, visibility.q_len, S.block_m, S.head_dim, S.q_even)
     k = (locate(key, entry, head // repeats), key.row)
     v = (locate(value, entry, head // repeats), value.row)
-    sums = new_sums(S.block_m, S.value_dim, S)
-    total = zero_rows(S.block_m)
-    begin, end, whole, stop = find_key_blocks(low, high, visibility, S)
-    for start in tl.range(whole, stop, S.block_n):
-        sums, total = _forward_block(
-            sums, total, start, q, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores, visibility,
-            dropout, False, S,
-        )  # fmt: skip
-    if S.causal or S.ranged > 0 or visibility.window is not None or visibility.mask is not None or not S.k_even:
-        for start in tl.range(begin, end - (stop - whole), S.block_n):
-            at = start + tl.where(start >= whole, stop - whole, 0)
-            sums, total = _forward_block(
-                sums, total, at, q, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores,
-                visibility, dropout, True, S,
-            )  # fmt: skip
+    operands = (q, k, v, a, b, c, seen, scores, visibility, dropout)
+    state = (new_sums(S.block_m, S.value_dim, S), zero_rows(S.block_m))
+    bounds = find_key_blocks(low, high, visibility, S)
+    sums, total = visit_blocks(_forward_block, state, operands, bounds, visibility, S.block_n, S.k_even, S)
 
     factor = compute_factor(c, a, S)
-    scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
     if S.normalizer == "l1":
         scale = scale_by_total(total * tl.abs(factor), S)
-        tl.store(row_scale + scales, scale, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
+        tl.store(row_scale + places, scale, mask=first + tl.arange(0, S.block_m) < visibility.q_len)
     elif visibility.mask is not None:
-        scale = tl.load(row_scale + scales)
+        scale = tl.load(row_scale + places)
     else:
         scale = scale_by_interval(low, high, S)
     sums = finish_rows(sums, scale * factor * keep_scale_of(dropout), S)
@@ -113,8 +97,7 @@ def forward_kernel(
 @triton.jit
 def count_kernel(row_scale, visibility, heads, S: tl.constexpr):
     """Writes r_i of block_m rows of one head under a dense mask. Grid: as `forward_kernel`."""
-    block, head, entry = locate_program(visibility.q_len, heads, S.block_m)
-    rows = tl.minimum(block * S.block_m + tl.arange(0, S.block_m), visibility.q_len - 1)
+    _, head, entry, _, rows, places = locate_query_rows(visibility, heads, S)
     low, high = find_interval(visibility, entry, rows, S)
     mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
     begin, end, _, _ = find_key_blocks(low, high, visibility, S)
@@ -122,8 +105,7 @@ def count_kernel(row_scale, visibility, heads, S: tl.constexpr):
     for start in tl.range(begin, end, S.block_n):
         columns = (start + tl.arange(0, S.block_n))[None, :]
         n += tl.sum(find_visible(low[:, None], high[:, None], mask_rows, columns, visibility).to(tl.int32), 1)
-    scales = (entry.to(tl.int64) * heads + head) * visibility.q_len + rows
-    tl.store(row_scale + scales, scale_by_total(n.to(tl.float32), S))
+    tl.store(row_scale + places, scale_by_total(n.to(tl.float32), S))
 
 
 # Decode -----------------------------------------------------------------------------------------------------
@@ -150,8 +132,7 @@ def decode_kernel(
     low, high = find_interval(visibility, entry, rows, S)
     low = tl.maximum(low, split * split_keys)
     high = tl.minimum(high, (split + 1) * split_keys)
-    mask_rows = locate_mask_rows(visibility, entry, head, rows)[:, None]
-    words = hash_rows(dropout, visibility, entry, head, heads, rows)[:, None]
+    seen = look(low, high, visibility, dropout, entry, head, heads, rows)
     c = load_coefficients(scores, head[:, None], S)
     inverse_radius = load_inverse_radius(scores, head)
     a = (scores.scaling * inverse_radius)[:, None]
@@ -164,17 +145,15 @@ def decode_kernel(
         q = q + (tl.load(starts[:, None] + columns, mask=used[:, None] & (columns < S.head_dim), other=0.0),)
     k = (locate(key, entry, group), key.row)
     v = (locate(value, entry, group), value.row)
+    operands = (q, k, v, a, b, c, seen, scores, visibility, dropout)
     sums = new_sums(S.block_m, S.value_dim, S)
     total = zero_rows(S.block_m)
     begin, end, _, _ = find_key_blocks(low, high, visibility, S)
     for start in tl.range(begin, end, S.block_n):
-        sums, total = _forward_block(
-            sums, total, start, q, k, v, a, b, c, low[:, None], high[:, None], mask_rows, words, scores, visibility,
-            dropout, True, S,
-        )  # fmt: skip
+        sums, total = _forward_block((sums, total), start, operands, True, S)
         if S.normalizer == "rsqrt" or S.normalizer == "mean":
             keys = (start + tl.arange(0, S.block_n))[None, :]
-            visible = find_visible(low[:, None], high[:, None], mask_rows, keys, visibility)
+            visible = find_visible(seen[0], seen[1], seen[2], keys, visibility)
             total += tl.sum(visible.to(tl.float32), 1)
 
     factor = tl.reshape(compute_factor(c, a, S), S.block_m)
