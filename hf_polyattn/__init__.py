@@ -12,16 +12,20 @@ from ._activation import activate
 
 if TYPE_CHECKING:
     from .calibration import CalibrationReport, calibrate
+    from .callback import MonitorCallback
+    from .diagnosis import Diagnosis, diagnose
     from .distillation import distill, param_groups
     from .errors import (
         BackendError,
         CalibrationError,
+        DivergenceError,
         InputError,
         PatchError,
         PolyAttnError,
         SpecError,
         UnsupportedArgumentError,
     )
+    from .monitor import Monitor
     from .ops import polynomial_attention
     from .patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
     from .spec import PolyAttentionConfig, Polynomial
@@ -32,7 +36,11 @@ _HOME = {
     "BackendError": "errors",
     "CalibrationError": "errors",
     "CalibrationReport": "calibration",
+    "Diagnosis": "diagnosis",
+    "DivergenceError": "errors",
     "InputError": "errors",
+    "Monitor": "monitor",
+    "MonitorCallback": "callback",
     "PatchError": "errors",
     "PolyAttentionConfig": "spec",
     "PolyAttnError": "errors",
@@ -41,6 +49,7 @@ _HOME = {
     "UnsupportedArgumentError": "errors",
     "calibrate": "calibration",
     "describe": "patch",
+    "diagnose": "diagnosis",
     "distill": "distillation",
     "is_patched": "patch",
     "param_groups": "distillation",
@@ -54,7 +63,11 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CalibrationReport",
+    "Diagnosis",
+    "DivergenceError",
     "InputError",
+    "Monitor",
+    "MonitorCallback",
     "PatchError",
     "PolyAttentionConfig",
     "PolyAttnError",
@@ -63,6 +76,7 @@ __all__ = [
     "UnsupportedArgumentError",
     "calibrate",
     "describe",
+    "diagnose",
     "distill",
     "is_patched",
     "param_groups",

@@ -29,3 +29,7 @@ class UnsupportedArgumentError(PolyAttnError):
 
 class CalibrationError(PolyAttnError):
     """Calibration data or models from which no coefficients can be computed."""
+
+
+class DivergenceError(PolyAttnError):
+    """A training in which outputs, gradients or weights stopped being finite numbers."""

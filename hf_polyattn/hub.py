@@ -57,15 +57,27 @@ def install_on_models(modeling_utils: Any) -> None:
 
 
 def install_on_trainer(trainer: Any) -> None:
-    """Keeps weight decay away from polynomials in `Trainer`: a decayed coefficient is another polynomial."""
+    """Keeps weight decay away from polynomials in `Trainer`, and lets its trackers log what `MonitorCallback` has.
+
+    A decayed coefficient is another polynomial. And `Trainer` calls its trackers before any callback of the user,
+    so that what a callback adds to the logs would not reach them.
+    """
     trainer_class = trainer.Trainer
-    decay_names = trainer_class.get_decay_parameter_names
+    decay_names, log = trainer_class.get_decay_parameter_names, trainer_class.log
 
     @wraps(decay_names)
     def decay_names_without_polyattn(self: Any, model: Any) -> list[str]:
         return [name for name in decay_names(self, model) if CHILD_NAME not in name.split(".")]
 
+    @wraps(log)
+    def log_with_polyattn(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # of a training step, not of an evaluation or of the whole training
+            for callback in self.callback_handler.callbacks:
+                logs.update(getattr(callback, "polyattn_scalars", dict)())
+        log(self, logs, *args, **kwargs)
+
     trainer_class.get_decay_parameter_names = decay_names_without_polyattn
+    trainer_class.log = log_with_polyattn
 
 
 def install_on_peft(peft_model: Any) -> None:

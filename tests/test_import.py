@@ -52,7 +52,9 @@ import transformers
 before, start = set(sys.modules), time.perf_counter()
 import hf_polyattn
 print(time.perf_counter() - start)
-print(*sorted({"torch", "transformers.modeling_utils", "triton", "numpy"} & (set(sys.modules) - before)))
+heavy = {f"transformers.{name}" for name in ("modeling_utils", "trainer", "trainer_callback")}
+heavy |= {"torch", "triton", "numpy"}
+print(*sorted(heavy & (set(sys.modules) - before)))
 """
 USE = """
 import hf_polyattn, torch, transformers
@@ -115,6 +117,7 @@ hf_polyattn._activation.activate()
 importlib.reload(hf_polyattn)
 assert not hasattr(modeling_utils.PreTrainedModel.post_init.__wrapped__, "__wrapped__")
 assert not hasattr(trainer.Trainer.get_decay_parameter_names.__wrapped__, "__wrapped__")
+assert not hasattr(trainer.Trainer.log.__wrapped__, "__wrapped__")
 assert "class PreTrainedModel" in inspect.getsource(modeling_utils)
 assert "class Trainer" in inspect.getsource(trainer)
 """
@@ -156,9 +159,9 @@ FLOORS = {
     1: {"ops"},
     2: {"core"},
     3: {"attention", "families", "masking", "patch"},
-    4: {"capture", "fitting"},
-    5: {"calibration", "distillation", "diagnose", "bench", "hub"},
-    6: {"_activation", "cli"},
+    4: {"capture", "fitting", "inspection"},
+    5: {"calibration", "distillation", "diagnosis", "monitor", "bench", "hub"},
+    6: {"_activation", "callback", "cli"},
     7: {"__init__"},
 }
 SHARING_A_FLOOR = {0, 1, 3}  # where modules may import their neighbours

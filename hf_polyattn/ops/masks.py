@@ -17,8 +17,8 @@ def band(
     """
     if not causal and window is None:
         return None
-    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    j = torch.arange(keys.start, keys.stop, device=device)[None, :]
+    i = torch.arange(queries.start, queries.stop, queries.step or 1, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, keys.step or 1, device=device)[None, :]
     visible = j <= i if causal else torch.ones_like(j <= i)
     if window is not None:
         visible = visible & ((i - j).abs() < window)

@@ -1,0 +1,379 @@
+"""The monitor, on real checkpoints: it names the layer where a training diverges, and trackers get its scalars."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, on_main_process
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
+
+from hf_polyattn import (
+    DivergenceError,
+    InputError,
+    Monitor,
+    MonitorCallback,
+    PatchError,
+    calibrate,
+    diagnose,
+    is_patched,
+    patch_model,
+)
+
+Batch = dict[str, Tensor]
+LAYERS = 5  # of the Llama
+
+
+@pytest.fixture
+def inputs(batch: Callable[..., Batch]) -> Batch:
+    found = batch("llama", count=3, length=24)
+    return {**found, "labels": found["input_ids"].masked_fill(found["attention_mask"] == 0, -100)}
+
+
+@pytest.fixture
+def llama(pretrained: Callable[..., Any], inputs: Batch) -> Any:
+    model = patch_model(pretrained("llama", "AutoModelForCausalLM"), "poly4-l1")
+    calibrate(model, [inputs], progress=False)
+    return model.train()
+
+
+@pytest.fixture
+def monitor(llama: Any) -> Iterator[Monitor]:
+    with Monitor(llama) as monitor:
+        yield monitor
+
+
+def path(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
+
+
+def attention(model: Any, layer: int) -> Any:
+    return model.model.layers[layer].self_attn
+
+
+# ---------------------------------------------------------------- where it began
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_the_layer_whose_output_is_first_not_finite_is_named(
+    llama: Any, inputs: Batch, monitor: Monitor, layer: int
+) -> None:
+    llama(**inputs).loss.backward()
+    monitor.check()
+    monitor.step()
+    with torch.no_grad():
+        attention(llama, layer).v_proj.weight[0, 0] = torch.nan
+    llama(**inputs).loss.backward()  # every layer's gradient is NaN, and the output of every later layer
+    with pytest.raises(
+        DivergenceError, match=rf"after 1 updates, the output of '{path(layer)}' .*polynomial is finite"
+    ):
+        monitor.check()
+    monitor.check()  # what was raised is forgotten
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_the_layer_whose_gradient_is_first_not_finite_is_named(
+    llama: Any, inputs: Batch, monitor: Monitor, layer: int
+) -> None:
+    def spoil(module: Any, arguments: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    handle = attention(llama, layer).polyattn.register_forward_hook(spoil)
+    llama(**inputs).loss.backward()  # backward, NaN goes from this layer down to the first
+    handle.remove()
+    monitor.check(gradients=False)
+    with pytest.raises(DivergenceError, match=rf"the gradient of the polynomial of '{path(layer)}'"):
+        monitor.check()
+    llama(**inputs).loss.backward()
+    monitor.check()
+
+
+def test_a_late_check_still_names_where_it_began(llama: Any, inputs: Batch, monitor: Monitor) -> None:
+    optimizer = torch.optim.SGD(llama.parameters(), lr=1e-3)
+    for step in range(4):
+        if step == 2:
+            with torch.no_grad():
+                attention(llama, 3).v_proj.weight[0, 0] = torch.nan
+        llama(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        monitor.step()
+    assert attention(llama, 0).q_proj.weight.isnan().any()  # by now the first layer is broken too
+    with pytest.raises(DivergenceError, match=rf"after 2 updates, the output of '{path(3)}'"):
+        monitor.check()
+
+
+def test_broken_parameters_are_found_without_a_forward_pass(llama: Any, monitor: Monitor) -> None:
+    monitor.check()
+    monitor.check_weights()
+    with torch.no_grad():
+        attention(llama, 1).polyattn.coefficients[0, 1] = torch.inf
+        llama.model.norm.weight[0] = torch.nan
+    with pytest.raises(DivergenceError, match=rf"a parameter of the polynomial of '{path(1)}'"):
+        monitor.check()
+    with torch.no_grad():
+        attention(llama, 1).polyattn.coefficients[0, 1] = 0.0
+    monitor.check()
+    with pytest.raises(DivergenceError, match=r"the weight 'model\.norm\.weight' is not finite; .* not be saved"):
+        monitor.check_weights()
+
+
+# ---------------------------------------------------------------- scalars
+
+
+def test_scalars_are_those_of_the_layer(llama: Any, inputs: Batch, monitor: Monitor) -> None:
+    outputs: list[Tensor] = []
+    attention(llama, 2).polyattn.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    few = {name: value[:, :8] for name, value in inputs.items()}  # as many rows as are sampled
+    with torch.no_grad():
+        llama(**few)
+    assert monitor.scalars() == {}  # evaluation is not recorded
+    with torch.no_grad():  # scores of the first layer leave their interval
+        attention(llama, 0).q_proj.weight.mul_(3.0)
+    outputs.clear()
+    llama(**few)
+    scalars = monitor.scalars()
+    assert len(scalars) == 5 * LAYERS
+    assert scalars[f"polyattn/output_rms/{path(2)}"] == pytest.approx(outputs[0].square().mean().sqrt().item())
+    assert scalars[f"polyattn/output_max/{path(2)}"] == pytest.approx(outputs[0].abs().max().item())
+    coefficients = attention(llama, 2).polyattn.coefficients
+    assert scalars[f"polyattn/coefficient_max/{path(2)}"] == pytest.approx(coefficients.abs().max().item())
+    first = diagnose(llama, [few], progress=False).layers[0]
+    assert first.above is not None
+    assert first.below is not None
+    above, below = (sum(shares) / len(shares) for shares in (first.above, first.below))
+    assert above > 0.01
+    assert scalars[f"polyattn/above/{path(0)}"] == pytest.approx(above)
+    assert scalars[f"polyattn/outside/{path(0)}"] == pytest.approx(above + below)
+
+
+def test_scalars_are_recorded_at_first_and_then_on_every_nth_step(llama: Any, inputs: Batch) -> None:
+    seen = []
+    with Monitor(llama, every=3) as monitor:
+        for step in range(7):
+            with torch.no_grad():
+                attention(llama, 0).polyattn.coefficients[0, 0] = 1000.0 + step
+            llama(**inputs)
+            seen.append(monitor.scalars()[f"polyattn/coefficient_max/{path(0)}"] - 1000.0)
+            monitor.step()
+    assert seen == [0.0, 0.0, 2.0, 2.0, 2.0, 5.0, 5.0]
+
+
+def test_a_closed_monitor_leaves_no_trace_and_copies_have_none(llama: Any, inputs: Batch) -> None:
+    def traces(model: Any) -> list[int]:
+        layers = [attention(model, i).polyattn for i in range(LAYERS)]
+        kinds = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_backward_hooks")
+        counts = [len(getattr(layer, kind)) for layer in layers for kind in kinds]
+        return [*counts, *(len(p._backward_hooks or ()) for layer in layers for p in layer.parameters())]
+
+    before, state = traces(llama), copy.deepcopy(llama.state_dict())
+    assert not any(before)
+    with Monitor(llama) as monitor:
+        assert sum(traces(llama)) == LAYERS * (2 + 3)  # a forward hook is counted twice; three parameters
+        copied = copy.deepcopy(llama)
+        pickled = pickle.loads(pickle.dumps(llama))
+        for other in (copied, pickled):
+            other(**inputs).loss.backward()
+        assert monitor.scalars() == {}
+        llama(**inputs)
+        assert monitor.scalars()
+    assert traces(llama) == before
+    monitor.close()
+    for name, tensor in llama.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+    buffer = io.BytesIO()
+    torch.save(llama, buffer)
+    assert b"Monitor" not in buffer.getvalue()
+    assert not any(traces(copy.deepcopy(llama)))
+
+
+def test_what_cannot_be_monitored_raises(llama: Any, pretrained: Callable[..., Any]) -> None:
+    with pytest.raises(PatchError, match=r"not patched; call patch_model\(model, spec\)"):
+        Monitor(pretrained("llama", "AutoModelForCausalLM"))
+    with pytest.raises(InputError, match="every must be at least 1 step, got 0"):
+        Monitor(llama, every=0)
+
+
+# ---------------------------------------------------------------- Trainer
+
+
+class Tracked(TrainerCallback):
+    """A tracker, as Trainer makes one of each name in `report_to`."""
+
+    logs: list[dict[str, float]]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        Tracked.logs = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        Tracked.logs.append(dict(logs))
+
+
+class AtStep(TrainerCallback):
+    """Does something to the model before or after the update of one step."""
+
+    def __init__(self, event: str, step: int, action: Callable[[Any], None]) -> None:
+        def act(args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == step - 1:  # the step is counted after its update
+                action(model)
+
+        setattr(self, event, act)
+
+
+class Shown(TrainerCallback):
+    """Sees the logs where the progress bar does."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+@pytest.fixture
+def trainer(llama: Any, inputs: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tracked", Tracked)
+    data = [{name: value[i] for name, value in inputs.items()} for i in range(3)] * 8
+
+    def make(*callbacks: TrainerCallback) -> Trainer:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=5,
+            per_device_train_batch_size=3,
+            learning_rate=1e-4,
+            logging_steps=1,
+            save_steps=1,
+            report_to=["tracked"],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        return Trainer(llama, arguments, train_dataset=data, callbacks=list(callbacks))
+
+    return make
+
+
+def finite_checkpoints(folder: Path) -> list[str]:
+    """Returns the checkpoints in a folder; each loads as a polynomial model whose loss can be computed."""
+    found = sorted(file.name for file in folder.glob("checkpoint-*"))
+    for name in found:
+        model = AutoModelForCausalLM.from_pretrained(folder / name)
+        assert is_patched(model)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    return found
+
+
+def test_trainer_gives_the_scalars_to_its_trackers(llama: Any, trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    shown = Shown()
+    with Monitor(llama, every=1) as monitor:
+        run = trainer(MonitorCallback(monitor), shown)
+        run.train()
+        assert monitor.steps == 5
+    name = f"polyattn/outside/{path(1)}"
+    training = [logs for logs in Tracked.logs if "loss" in logs]
+    assert len(training) == 5
+    assert all(0.0 < logs[name] < 1.0 for logs in training)
+    assert sum("train_runtime" in logs and name not in logs for logs in Tracked.logs) == 1
+    assert not any(key.startswith("polyattn") for logs in shown.logs for key in logs)
+    saved = json.loads((tmp_path / "checkpoint-5/trainer_state.json").read_text())
+    assert [entry[name] for entry in saved["log_history"]] == [logs[name] for logs in training]
+
+
+def spoil_output(model: Any) -> None:
+    layer = attention(model, 1).polyattn
+    handle = layer.register_forward_hook(lambda module, arguments, output: (handle.remove(), output * torch.nan)[1])
+    layer._forward_hooks.move_to_end(handle.id, last=False)  # as if the layer computed it
+
+
+def spoil_coefficients(model: Any) -> None:
+    with torch.no_grad():
+        attention(model, 1).polyattn.coefficients[0, 0] = torch.nan
+
+
+def spoil_mlp(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("event", "action", "named"),
+    [
+        ("on_step_begin", spoil_output, f"after 2 updates, the output of '{path(1)}'"),
+        ("on_step_begin", spoil_coefficients, f"after 2 updates, the output of '{path(1)}'"),
+        ("on_optimizer_step", spoil_mlp, "after 3 updates, the weight 'model.layers.1.mlp.up_proj.weight'"),
+    ],
+    ids=["forward", "coefficients", "update"],
+)
+def test_trainer_stops_before_broken_weights_are_saved(
+    llama: Any,
+    trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    event: str,
+    action: Callable[[Any], None],
+    named: str,
+) -> None:
+    with Monitor(llama) as monitor, pytest.raises(DivergenceError, match=named):
+        trainer(MonitorCallback(monitor), AtStep(event, 3, action)).train()
+    assert finite_checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_trainer_without_the_monitor_saves_broken_weights(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer(AtStep("on_step_begin", 3, spoil_output)).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 5
+    with pytest.raises(AssertionError):
+        finite_checkpoints(tmp_path)
+
+
+# ---------------------------------------------------------------- accelerate
+
+
+class JsonLines(GeneralTracker):
+    """An accelerate tracker that writes a line a step."""
+
+    name, requires_logging_directory = "json-lines", False
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def tracker(self) -> Path:
+        return self.file
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    @on_main_process
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+        with self.file.open("a") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def test_scalars_reach_an_accelerate_tracker(llama: Any, inputs: Batch, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, log_with=JsonLines(tmp_path / "log.jsonl"))
+    accelerator.init_trackers("test")
+    model, optimizer = accelerator.prepare(llama, torch.optim.AdamW(llama.parameters(), lr=1e-3))
+    with Monitor(model, every=1) as monitor:
+        for step in range(3):
+            accelerator.backward(model(**inputs).loss)
+            monitor.check()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step()
+            accelerator.log(monitor.scalars(), step=step)
+    accelerator.end_training()
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    name = f"polyattn/output_rms/{path(0)}"
+    assert [entry["step"] for entry in logged] == [0, 1, 2]
+    assert len({entry[name] for entry in logged}) == 3  # of three different models
