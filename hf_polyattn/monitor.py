@@ -22,7 +22,7 @@ class Monitor:
 
     Every forward pass with gradients and every backward pass is looked at for numbers that are not finite: one
     reduction a layer, and no waiting for the device before `check`. Every `every`-th step also records `scalars`.
-    Passes without gradients (evaluation), and layers inside `torch.compile`, are not watched but for their weights.
+    Forward passes without gradients (evaluation) and inside `torch.compile` are not watched.
 
         with Monitor(model) as monitor:
             for step, batch in enumerate(loader):
@@ -102,6 +102,8 @@ class Monitor:
         origin = ""
         if kind == 0 and probe.parameters_are_finite():
             origin = " Its polynomial is finite, so the cause is there or in the layers before it."
+        elif kind == 1 and not probe.record:
+            origin = " Forward passes were not seen, so it may have begun there: run a step without torch.compile."
         elif kind == 1 and i == 0:
             origin = " It is the last polynomial layer: the loss, or what follows that layer, may be the cause."
         raise DivergenceError(
@@ -117,7 +119,7 @@ class Monitor:
             DivergenceError: names the first such parameter.
         """
         parameters = list(self.model.named_parameters())
-        flags = [torch.where(p.detach().isfinite().all(), _NEVER, i) for i, (_, p) in enumerate(parameters)]
+        flags = [torch.where(_is_finite(p), _NEVER, i) for i, (_, p) in enumerate(parameters)]
         first = int(_least(_stacked(flags)))
         if first < _NEVER:
             raise DivergenceError(
@@ -179,21 +181,19 @@ class _Probe:
 
     def see_gradient(self, gradient: Tensor) -> None:
         """Sees the gradient of one parameter."""
-        self.gradient_since = self._since(
-            self.gradient_since, gradient.isfinite().all(), 2 * self.layers - 1 - self.number
-        )
+        self.gradient_since = self._since(self.gradient_since, _is_finite(gradient), 2 * self.layers - 1 - self.number)
 
     @torch.no_grad()
     def first(self, gradients: bool) -> list[Tensor]:
         """Returns when the output, a gradient and a parameter were first not finite; see `_since`."""
         parameters = self._constant(_NEVER)
         for parameter in self.layer.parameters():
-            parameters = self._since(parameters, parameter.isfinite().all(), 2 * self.layers + self.number)
+            parameters = self._since(parameters, _is_finite(parameter), 2 * self.layers + self.number)
         return [self.output_since, *([self.gradient_since] if gradients else []), parameters]
 
     def parameters_are_finite(self) -> bool:
         """Whether they are now."""
-        return all(bool(parameter.isfinite().all()) for parameter in self.layer.parameters())
+        return all(bool(_is_finite(parameter)) for parameter in self.layer.parameters())
 
     def forget(self) -> None:
         """Forgets what was not finite."""
@@ -242,6 +242,12 @@ def _shares_outside(layer: PolyAttention, query: Tensor, key: Tensor, kwargs: di
     t = interval_scores(layer, query, scaled_scores(query, key, scaling), scaling)
     count = visible.expand(t.shape).sum().clamp(min=1)
     return (visible & (t.abs() > 1.0)).sum() / count, (visible & (t > 1.0)).sum() / count
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    """Returns whether all numbers are finite, of a sharded tensor this process's part: bool, 0-dim."""
+    local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return local.detach().isfinite().all()
 
 
 def _stacked(numbers: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,9 +92,11 @@ def test_the_layer_whose_gradient_is_first_not_finite_is_named(
     handle = attention(llama, layer).polyattn.register_forward_hook(spoil)
     llama(**inputs).loss.backward()  # backward, NaN goes from this layer down to the first
     handle.remove()
-    monitor.check(gradients=False)
+    fp16, other = SimpleNamespace(scaler=object()), SimpleNamespace(scaler=None)
+    callback = MonitorCallback(monitor)
+    callback.on_pre_optimizer_step(None, None, None, optimizer=fp16)  # the scaler skips the update
     with pytest.raises(DivergenceError, match=rf"the gradient of the polynomial of '{path(layer)}'"):
-        monitor.check()
+        callback.on_pre_optimizer_step(None, None, None, optimizer=other)
     llama(**inputs).loss.backward()
     monitor.check()
 
@@ -126,6 +129,46 @@ def test_broken_parameters_are_found_without_a_forward_pass(llama: Any, monitor:
     monitor.check()
     with pytest.raises(DivergenceError, match=r"the weight 'model\.norm\.weight' is not finite; .* not be saved"):
         monitor.check_weights()
+
+
+def test_a_compiled_model_is_watched_in_backward_only_and_the_error_says_so(llama: Any, inputs: Batch) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(llama, backend="eager", fullgraph=True)
+    with Monitor(llama) as monitor:
+        compiled(**inputs, use_cache=False).loss.backward()
+        monitor.check()
+        assert monitor.scalars() == {}
+        with torch.no_grad():
+            attention(llama, 1).v_proj.weight[0, 0] = torch.nan
+        compiled(**inputs, use_cache=False).loss.backward()
+        with pytest.raises(DivergenceError, match=r"Forward passes were not seen.* run a step without torch\.compile"):
+            monitor.check()
+
+
+def one_of_two(rank: int, folder: str, checkpoint: str) -> None:
+    """A process whose data breaks the third layer, if its rank is 1."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    model = patch_model(AutoModelForCausalLM.from_pretrained(checkpoint), "poly4-l1").train()
+    ids = torch.arange(3, 40)[None]
+    with Monitor(model) as monitor:
+        model(input_ids=ids)
+        monitor.check()
+        if rank == 1:
+            with torch.no_grad():
+                attention(model, 2).v_proj.weight[0, 0] = torch.nan
+        model(input_ids=ids)
+        try:
+            monitor.check()
+        except DivergenceError as error:
+            (Path(folder) / f"error-{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_raises_what_one_has_seen(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), str(checkpoint("llama"))), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in (0, 1):
+        assert f"the output of '{path(2)}' is not finite" in (tmp_path / f"error-{rank}").read_text()
 
 
 # ---------------------------------------------------------------- scalars
