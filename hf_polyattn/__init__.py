@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ._activation import activate
 
 if TYPE_CHECKING:
+    from .alignment import align
+    from .annealing import AnnealReport, anneal
     from .calibration import CalibrationReport, calibrate
     from .callback import MonitorCallback
+    from .conversion import ConversionReport, QualityError, convert
     from .diagnosis import Diagnosis, diagnose
-    from .distillation import distill, param_groups
+    from .distillation import distill
     from .errors import (
         BackendError,
         CalibrationError,
@@ -23,21 +26,27 @@ if TYPE_CHECKING:
         PatchError,
         PolyAttnError,
         SpecError,
+        TrainingError,
         UnsupportedArgumentError,
     )
+    from .layerwise import match_layers
     from .monitor import Monitor
     from .ops import polynomial_attention
     from .patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
+    from .quality import similarity
     from .spec import PolyAttentionConfig, Polynomial
+    from .training import TrainingReport, param_groups
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AnnealReport": "annealing",
     "BackendError": "errors",
     "CalibrationError": "errors",
     "CalibrationReport": "calibration",
     "Diagnosis": "diagnosis",
     "DivergenceError": "errors",
+    "ConversionReport": "conversion",
     "InputError": "errors",
     "Monitor": "monitor",
     "MonitorCallback": "callback",
@@ -45,24 +54,34 @@ _HOME = {
     "PolyAttentionConfig": "spec",
     "PolyAttnError": "errors",
     "Polynomial": "spec",
+    "QualityError": "conversion",
     "SpecError": "errors",
+    "TrainingError": "errors",
+    "TrainingReport": "training",
     "UnsupportedArgumentError": "errors",
+    "align": "alignment",
+    "anneal": "annealing",
     "calibrate": "calibration",
+    "convert": "conversion",
     "describe": "patch",
     "diagnose": "diagnosis",
     "distill": "distillation",
     "is_patched": "patch",
-    "param_groups": "distillation",
+    "match_layers": "layerwise",
+    "param_groups": "training",
     "patch_model": "patch",
     "polynomial_attention": "ops",
+    "similarity": "quality",
     "softmax_attention": "patch",
     "unpatch_model": "patch",
 }
 
 __all__ = [
+    "AnnealReport",
     "BackendError",
     "CalibrationError",
     "CalibrationReport",
+    "ConversionReport",
     "Diagnosis",
     "DivergenceError",
     "InputError",
@@ -72,16 +91,24 @@ __all__ = [
     "PolyAttentionConfig",
     "PolyAttnError",
     "Polynomial",
+    "QualityError",
     "SpecError",
+    "TrainingError",
+    "TrainingReport",
     "UnsupportedArgumentError",
+    "align",
+    "anneal",
     "calibrate",
+    "convert",
     "describe",
     "diagnose",
     "distill",
     "is_patched",
+    "match_layers",
     "param_groups",
     "patch_model",
     "polynomial_attention",
+    "similarity",
     "softmax_attention",
     "unpatch_model",
 ]

@@ -244,7 +244,10 @@ def _verify(attend: Callable[..., Tensor], tensors: list[Tensor], name: str) -> 
         exact = results([tensor.double() for tensor in part], gradients, backend="reference")
         same_dtype = results(part, gradients, backend="reference")
         for ours, reference, truth in zip(results(part, gradients), same_dtype, exact, strict=True):
-            error, budget = size(ours - truth), 2.0 * size(reference - truth) + torch.finfo(ours.dtype).eps * size(truth)
+            error, budget = (
+                size(ours - truth),
+                2.0 * size(reference - truth) + torch.finfo(ours.dtype).eps * size(truth),
+            )
             if not error <= budget:
                 raise VerificationError(f"{name}: error {error:.3g} exceeds the budget {budget:.3g}; not timed")
 

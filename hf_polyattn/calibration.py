@@ -15,7 +15,7 @@ Source: DESIGN.md, "Calibration in closed form".
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from .core import PolyAttention
 from .errors import CalibrationError, PatchError
 from .fitting import LayerFit, LayerReport, Rows
 from .ops.masks import band
-from .patch import format_table, is_patched, patched_layers, reconfigure
+from .patch import change_specs, format_table, is_patched, patched_layers, reconfigure, spec_of
+from .spec import Polynomial
 
 MAX_ROWS = 2048  # query rows a layer that the coefficients are fitted to
 _CHUNK_SCORES = 2**21
@@ -91,6 +92,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    spec: str | Polynomial | None = None,
     max_batches: int | None = 16,
     key_shift: bool = True,
     progress: bool = True,
@@ -100,6 +102,7 @@ def calibrate(
     Args:
         model: a patched model.
         batches: model inputs, mappings or main-input tensors; padding (by `attention_mask`) is left out.
+        spec: another polynomial to give to every patched layer; None fits those that the layers have.
         max_batches: how many of them to use; None for all. A few thousand tokens are enough.
         key_shift: also fit the key shift μ_h.
         progress: show progress bars.
@@ -113,11 +116,32 @@ def calibrate(
     """
     if not is_patched(model):
         raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    specs = {
+        path: child.config.spec if spec is None else Polynomial.parse(spec) for path, child in patched_layers(model)
+    }
     passes = Replay(model, take_batches(batches, max_batches), progress=progress)
-    fits = {path: LayerFit(path, child, key_shift) for path, child in patched_layers(model)}
+    fits = fit_layers(model, passes, specs, key_shift=key_shift)
+    write_fits(model, fits, key_shift=key_shift)
+    first = next(iter(fits.values()))
+    return CalibrationReport(spec_of(model), int(first.count), tuple(fit.report for fit in fits.values()))
+
+
+@torch.no_grad()
+def fit_layers(
+    model: nn.Module, passes: Replay, specs: Mapping[str, Polynomial], *, key_shift: bool = True
+) -> dict[str, LayerFit]:
+    """Returns the fits of a polynomial for each path of `specs`; the model is left as it is.
+
+    Raises:
+        CalibrationError: no visible scores, or non-finite activations.
+    """
+    children = dict(patched_layers(model))
+    fits = {path: LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()}
 
     def run(stage: str, title: str) -> None:
         def observer(path: str, child: PolyAttention, observation: Observation) -> None:
+            if path not in fits:
+                return
             fit = fits[path]
             stride = max(1, int(fit.count) // MAX_ROWS) if stage in ("see_features", "see_errors") else 1
             for rows in _fit_rows(path, observation, stride):
@@ -139,12 +163,18 @@ def calibrate(
             fit.solve_coefficients()
     if any(fit.needs_errors for fit in fits.values()):
         run("see_errors", "choice")
-    reports = tuple(fit.finish() for fit in fits.values())
+    for fit in fits.values():
+        fit.finish()
+    return fits
+
+
+@torch.no_grad()
+def write_fits(model: nn.Module, fits: Mapping[str, LayerFit], *, key_shift: bool = True) -> None:
+    """Gives patched layers the polynomials that were fitted for them."""
+    change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
     for fit in fits.values():
         fit.write()
     reconfigure(model, interval=True, clamp=True, key_shift=key_shift)
-    first = next(iter(fits.values()))
-    return CalibrationReport(str(first.config.spec), int(first.count), reports)
 
 
 def _fit_rows(path: str, observation: Observation, stride: int) -> Iterator[Rows]:

@@ -107,7 +107,7 @@ def observe(
             inputs = model_inputs(model, batch)
             with ExitStack() as stack:
                 for path, child in patched_layers(model):
-                    stack.enter_context(_observing(child, partial(_deliver, observer, path, child, inputs)))
+                    stack.enter_context(observing(path, child, inputs, observer))
                 model(**{**extra, **inputs})
     finally:
         model.train(training)
@@ -151,8 +151,16 @@ class Replay:
 
 
 @contextmanager
-def _observing(child: PolyAttention, observer: Callable[..., None]) -> Iterator[None]:
-    child.observer = observer
+def observing(path: str, child: PolyAttention, inputs: Mapping[str, Any], observer: Observer) -> Iterator[None]:
+    """Within, a patched attention module runs softmax, and the observer sees what it saw.
+
+    Args:
+        path: of the attention module.
+        child: its `PolyAttention`.
+        inputs: the model's, of which the padding is read.
+        observer: called once for each forward pass.
+    """
+    child.observer = partial(_deliver, observer, path, child, inputs)
     try:
         yield
     finally:
@@ -163,7 +171,7 @@ def _deliver(
     observer: Observer,
     path: str,
     child: PolyAttention,
-    inputs: dict[str, Any],
+    inputs: Mapping[str, Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,7 +185,7 @@ def _deliver(
     observer(path, child, Observation(query, key, value, output, scaling=scaling, real=real, **pattern))
 
 
-def _real_rows(path: str, inputs: dict[str, Any], query: Tensor) -> Tensor | None:
+def _real_rows(path: str, inputs: Mapping[str, Any], query: Tensor) -> Tensor | None:
     """Returns which query rows are not padding, from the 2D mask that came with them."""
     decoder = "decoder_input_ids" in inputs and "decoder" in path.split(".")
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .errors import PatchError
 from .ops import polynomial_attention
 from .ops.api import autocast_inputs
 from .ops.call import compute_dtype
-from .spec import PolyAttentionConfig
+from .spec import PolyAttentionConfig, Polynomial
 
 CHILD_NAME = "polyattn"
 
@@ -70,11 +71,22 @@ class PolyAttention(nn.Module):
         self.center.requires_grad_(config.learnable and config.interval)
         self.key_shift.requires_grad_(config.learnable and config.key_shift)
 
+    def change_spec(self, spec: Polynomial) -> None:
+        """Takes another polynomial, uncalibrated; center, radius and key shift stay as they are."""
+        rows, trained = self.coefficients.shape[0], self.coefficients.requires_grad
+        self.config = replace(self.config, spec=spec)
+        self.coefficients = nn.Parameter(self.coefficients.new_empty(rows, spec.degree + 1), requires_grad=trained)
+        self._reset_coefficients()
+
+    @torch.no_grad()
+    def _reset_coefficients(self) -> None:
+        initial = self.config.spec.initial_coefficients()
+        self.coefficients.copy_(self.coefficients.new_tensor(initial).expand_as(self.coefficients))
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the spec's uncalibrated coefficients, center 0, radius 1 and no key shift."""
-        initial = self.config.spec.initial_coefficients()
-        self.coefficients.copy_(self.coefficients.new_tensor(initial).expand_as(self.coefficients))
+        self._reset_coefficients()
         self.center.zero_()
         self.key_shift.zero_()
         self.radius.fill_(1.0)

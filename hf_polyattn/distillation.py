@@ -10,50 +10,26 @@ over the hidden states of every layer and, where the model has a head, over its 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from .core import PolyAttention
-from .errors import InputError, PatchError, PolyAttnError
-from .patch import is_patched, pretrained_model, unpatch_model
+from .errors import InputError, PatchError
+from .layerwise import match_layers
+from .patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
+from .training import TrainingReport, TrainingState, evaluating, param_groups, rows_of, train
 
 _EPSILON = 1e-12
 
-
-class DistillationError(PolyAttnError):
-    """A training that went wrong: the loss or its gradient is not a finite number."""
-
-
-@dataclass(frozen=True, slots=True)
-class DistillReport:
-    """What happened to the loss.
-
-    Attributes:
-        losses: of each step, before its update; 0 is a student that equals its teacher, and a hidden state
-            that carries nothing of the teacher's adds 1 or more.
-        gradient_norms: of each step, before clipping.
-    """
-
-    losses: tuple[float, ...]
-    gradient_norms: tuple[float, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report as JSON types."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        tenth = max(1, len(self.losses) // 10)
-        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
-        return f"distilled for {len(self.losses)} steps: loss {first:.4g} at first, {last:.4g} at last"
+#: Of the weights and of the polynomials, by the kind of normalizer. An l1 polynomial falls by six orders of magnitude
+#: over its interval: where it is small, so are row sums, and a coefficient that moves by 0.002 moves them by many times
+#: their value.
+LEARNING_RATES = {"fixed": (1e-4, 2e-3), "l1": (1e-5, 1e-4)}
 
 
 def distill(
@@ -61,17 +37,22 @@ def distill(
     batches: Iterable[Mapping[str, Any]],
     *,
     steps: int,
-    lr: float = 3e-4,
+    layer_steps: int = 0,
+    lr: float | None = None,
     coefficient_lr: float | None = None,
     weight_decay: float = 0.0,
     teacher: nn.Module | None = None,
     max_grad_norm: float = 1.0,
     warmup: float = 0.1,
+    until: float = 0.0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
     accelerator: Any = None,
     progress: bool = True,
-) -> DistillReport:
+) -> TrainingReport:
     """Trains a patched model, in place, to match its softmax teacher's hidden states and logits.
 
+    First, for `layer_steps` steps, layer by layer and only the polynomials, see `match_layers`. Then end to end:
     AdamW with warm-up, then cosine decay to 0. Every parameter that requires a gradient trains, the
     polynomials too. Dropout stays off, as in the teacher; train or eval mode is restored.
 
@@ -79,14 +60,20 @@ def distill(
         model: patched, best calibrated. Under an accelerator it is prepared if it was not.
         batches: dicts of model inputs, gone through again when there are fewer than `steps`. Under an
             accelerator each process brings its own, for example from a loader that it prepared.
-        steps: optimizer updates, one batch each.
-        lr: peak learning rate.
-        coefficient_lr: the same for coefficients, centers and key shifts; `lr` if None.
+        steps: optimizer updates end to end, one batch each.
+        layer_steps: updates of the layer-by-layer part before it.
+        lr: peak learning rate of the model's weights; None takes `LEARNING_RATES` of the model's normalizers.
+        coefficient_lr: the same for coefficients, centers and key shifts; None takes those of `LEARNING_RATES`, or
+            `lr` if that is given.
         weight_decay: of the matrices; polynomials, norms and biases have none.
         teacher: a softmax model with the same layers. None takes a copy of `model` with softmax restored:
             right as long as its weights are still the pretrained ones.
         max_grad_norm: gradients are clipped to this norm.
         warmup: fraction of the steps over which the learning rate rises.
+        until: stop as soon as the mean loss of the last ten steps is no larger.
+        checkpoint: file that keeps the state of the training; if it exists the training goes on from there, and it is
+            removed at the end. With the same batches in the same order the result is that of an unbroken training.
+        checkpoint_every: steps between two states.
         accelerator: an `accelerate.Accelerator`, for several processes and mixed precision.
         progress: show a progress bar.
 
@@ -95,8 +82,9 @@ def distill(
 
     Raises:
         PatchError: the model is not patched, or the teacher is.
-        InputError: no steps, no batches, or models whose outputs cannot be compared.
-        DistillationError: a loss or gradient is not finite; the model keeps the last weights whose loss was.
+        InputError: no steps, no batches, models whose outputs cannot be compared, or a checkpoint of another
+            training.
+        TrainingError: a loss or gradient is not finite; the model keeps the last weights whose loss was.
     """
     if not is_patched(model):
         raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
@@ -104,94 +92,45 @@ def distill(
         raise PatchError("the teacher is patched; give the softmax model, or None for a softmax copy of the student")
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
-    if accelerator is not None and accelerator.gradient_accumulation_steps != 1:
-        raise InputError("distill takes one batch an update; use an Accelerator with gradient_accumulation_steps=1")
+    defaults = LEARNING_RATES["l1" if _has_row_sums(model) else "fixed"]
+    if coefficient_lr is None:
+        coefficient_lr = defaults[1] if lr is None else lr
+    lr = defaults[0] if lr is None else lr
+    settings = {"spec": spec_of(model), "steps": steps, "layer_steps": layer_steps, "lr": lr}
+    state = TrainingState(checkpoint, {**settings, "coefficient_lr": coefficient_lr, "weight_decay": weight_decay})
     if teacher is None:
         teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
+    teacher.to(next(model.parameters()).device if accelerator is None else accelerator.device)
+    if layer_steps and state.saved is None:
+        match_layers(model, batches, steps=layer_steps, progress=progress)
 
-    groups = param_groups(model, lr, coefficient_lr=coefficient_lr, weight_decay=weight_decay)
-    optimizer: Any = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps, warmup))
-    if accelerator is not None:
-        model, optimizer = accelerator.prepare(model, optimizer)
-    device = next(model.parameters()).device
-    teacher.to(device)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    good = [parameter.detach().clone() for parameter in trained]
-    losses: list[float] = []
-    norms: list[float] = []
-
-    bar = tqdm(islice(_cycle(batches), steps), total=steps, desc="distil", unit="step", disable=not progress)
-    with bar, _evaluating(model), _evaluating(teacher), ExitStack() as precision:
-        if accelerator is not None:
-            precision.enter_context(accelerator.autocast())
-        for batch in bar:
-            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            with torch.no_grad():
-                target = teacher(**inputs, output_hidden_states=True, return_dict=True)
-            output = model(**inputs, output_hidden_states=True, return_dict=True)
-            loss = _divergence(output, target, inputs)
-            if accelerator is None:
-                loss.backward()  # type: ignore[no-untyped-call]
-                norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
-                mean_loss = loss.detach()
-            else:
-                accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(trained, max_grad_norm)
-                mean_loss = accelerator.reduce(loss.detach(), "mean")
-            losses.append(float(mean_loss))
-            norms.append(float(norm))
-            if not math.isfinite(losses[-1] + norms[-1]):
-                _copy(good, trained)
-                optimizer.zero_grad()
-                raise DistillationError(
-                    f"step {len(losses)}: the loss is {losses[-1]} and its gradient's norm {norms[-1]}. The model "
-                    f"keeps its last good weights. Calibrate before distilling, or lower lr (now {lr:g})."
-                )
-            _copy(trained, good)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
-    return DistillReport(tuple(losses), tuple(norms))
+    with evaluating(teacher):
+        return train(
+            model,
+            batches,
+            partial(divergence_from, teacher),
+            param_groups(model, lr, coefficient_lr=coefficient_lr, weight_decay=weight_decay),
+            steps=steps,
+            warmup=warmup,
+            max_grad_norm=max_grad_norm,
+            until=until,
+            state=state,
+            checkpoint_every=checkpoint_every,
+            accelerator=accelerator,
+            title="distil",
+            progress=progress,
+        )
 
 
-def param_groups(
-    model: nn.Module, lr: float, *, coefficient_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Returns optimizer groups of the parameters that require a gradient.
+def divergence_from(teacher: nn.Module, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Returns the loss of a batch under a model, compared with its teacher."""
+    with torch.no_grad():
+        target = teacher(**inputs, output_hidden_states=True, return_dict=True)
+    return _divergence(model(**inputs, output_hidden_states=True, return_dict=True), target, inputs)
 
-    The polynomials (coefficients, centers and key shifts) have their own learning rate and no weight decay: a
-    decayed coefficient is another polynomial. Norms and biases have none either.
 
-    Args:
-        model: patched or not.
-        lr: learning rate of the model's own weights.
-        coefficient_lr: learning rate of the polynomials; `lr` if None.
-        weight_decay: of the model's matrices.
-
-    >>> from hf_polyattn import PolyAttentionConfig
-    >>> layer = PolyAttention(PolyAttentionConfig("poly3"), heads=4, head_dim=8)
-    >>> [(group["lr"], len(group["params"])) for group in param_groups(layer, 1e-4, coefficient_lr=1e-3)]
-    [(0.001, 1)]
-    """
-    polynomial = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, PolyAttention)
-        for parameter in module.parameters()
-    }
-    groups: dict[str, list[nn.Parameter]] = {"polynomial": [], "matrix": [], "vector": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            kind = "polynomial" if id(parameter) in polynomial else "matrix" if parameter.ndim > 1 else "vector"
-            groups[kind].append(parameter)
-    settings = {
-        "polynomial": {"lr": lr if coefficient_lr is None else coefficient_lr, "weight_decay": 0.0},
-        "matrix": {"lr": lr, "weight_decay": weight_decay},
-        "vector": {"lr": lr, "weight_decay": 0.0},
-    }
-    return [{"params": params, **settings[kind]} for kind, params in groups.items() if params]
+def _has_row_sums(model: nn.Module) -> bool:
+    return any(child.config.spec.normalizer == "l1" for _, child in patched_layers(model))
 
 
 def _divergence(output: Any, target: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -214,54 +153,10 @@ def _divergence(output: Any, target: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _relative_error(student: Tensor, teacher: Tensor, visible: Tensor | None) -> Tensor:
-    student, teacher = _rows(student, visible), _rows(teacher, visible)
+    student, teacher = rows_of(student, visible), rows_of(teacher, visible)
     return (student - teacher).square().sum() / ((teacher - teacher.mean(0)).square().sum() + _EPSILON)
 
 
 def _kullback_leibler(student: Tensor, teacher: Tensor, visible: Tensor | None) -> Tensor:
-    student, teacher = _rows(student, visible).log_softmax(-1), _rows(teacher, visible).log_softmax(-1)
+    student, teacher = rows_of(student, visible).log_softmax(-1), rows_of(teacher, visible).log_softmax(-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _rows(states: Tensor, visible: Tensor | None) -> Tensor:
-    """Returns the states of all positions that are not padding, float32 (positions, features)."""
-    if visible is not None and visible.shape == states.shape[:-1]:
-        states = states[visible.bool()]
-    return states.flatten(0, -2).float()
-
-
-def _learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Returns the learning rate of an update, counted from 0, relative to its peak."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
-
-
-def _cycle(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Yields batches without end; a loader that shuffles does so each time."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise InputError("batches is empty or used up; give a list or a DataLoader")
-
-
-def _copy(sources: list[Tensor], destinations: list[Tensor]) -> None:
-    with torch.no_grad():
-        for source, destination in zip(sources, destinations, strict=True):
-            destination.copy_(source)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode and its modules back in the mode that each had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

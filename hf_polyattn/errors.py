@@ -33,3 +33,7 @@ class CalibrationError(PolyAttnError):
 
 class DivergenceError(PolyAttnError):
     """A training in which outputs, gradients or weights stopped being finite numbers."""
+
+
+class TrainingError(PolyAttnError):
+    """A training that went wrong: the loss or its gradient is not a finite number."""

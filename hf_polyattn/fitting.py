@@ -5,7 +5,7 @@ Source: DESIGN.md, "Calibration in closed form".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .core import PolyAttention
 from .errors import CalibrationError
+from .spec import Polynomial
 
 # Widths of the score interval that are tried, in nats. Beyond 80, exp(-W) leaves the range of bf16 and fp32.
 WIDTHS = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0)
@@ -21,6 +22,8 @@ POWER_WIDTHS = (8.0, 16.0, 24.0, 40.0, 56.0, 80.0)
 MARGIN = 0.5  # nats above the largest score seen, before the clamp acts
 RATIO_ROUNDS = 3
 RATIO_CANDIDATES = 2  # widths kept after the first round of the ratio fit
+# lse_i ≈ shift_i + α log n_i, so that r_i · exp(x − shift_i) is what softmax computes
+ALPHA = {"rsqrt": 0.5, "mean": 1.0, "none": 0.0, "l1": 0.0}
 FLOOR = 1e-6  # of the largest value of p on the interval, below which an l1 polynomial may not fall
 
 
@@ -82,15 +85,13 @@ class LayerFit:
     All sums are float64. Nothing is written to the module before `write`.
     """
 
-    def __init__(self, path: str, child: PolyAttention, key_shift: bool) -> None:
+    def __init__(self, path: str, child: PolyAttention, spec: Polynomial, key_shift: bool) -> None:
         self.path = path
         self.child = child
-        self.config = child.config
+        self.config = replace(child.config, spec=spec)
         self.fit_shift = key_shift
-        spec = self.config.spec
         self.options: dict[str, Any] = {"dtype": torch.float64, "device": child.coefficients.device}
-        # lse_i ≈ shift_i + α log n_i, so that r_i · exp(x − shift_i) is what softmax computes
-        self.alpha = {"rsqrt": 0.5, "mean": 1.0, "none": 0.0, "l1": 0.0}[spec.normalizer]
+        self.alpha = ALPHA[spec.normalizer]
         widths = torch.tensor(POWER_WIDTHS if spec.power > 1 else WIDTHS, **self.options)
         self.widths = widths[:, None].expand(-1, child.heads)  # (C, H)
         heads, width = child.heads, child.head_dim + 1
@@ -275,8 +276,8 @@ class LayerFit:
             self.product[candidate] += (out * target).sum((0, 2, 3))
             self.output_square[candidate] += out.square().sum((0, 2, 3))
 
-    def finish(self) -> LayerReport:
-        """Chooses the best candidate of each head and reports it."""
+    def finish(self) -> None:
+        """Chooses the best candidate of each head and reports it in `report`."""
         spec = self.config.spec
         error = self.output_square - 2.0 * self.product + self.target_square  # Σ‖out − target‖², (C, H)
         if spec.power > 1 and spec.normalizer != "l1":
@@ -293,7 +294,7 @@ class LayerFit:
         mean_square = torch.as_tensor(self.target_sum, **self.options).square().sum(-1) / self.target_count
         variance = (self.target_square - mean_square).clamp(min=1e-30)
         explained = 1.0 - error.gather(0, best)[0] / variance
-        return LayerReport(
+        self.report = LayerReport(
             path=self.path,
             explained_variance=tuple(explained.tolist()),
             score_range=tuple(zip(self.lowest.tolist(), self.highest.tolist(), strict=True)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,11 +66,11 @@ def patch_model(
     config = _merge(config, layers, include, exclude, cross_attention)
     check_name(config.backend)
     root = pretrained_model(model)
+    sites = attention_sites(root)
     if is_patched(root):
-        _require_same(root, config)
+        _require_same(root, sites, config)
         return model
 
-    sites = attention_sites(root)
     _require_patchable(root, sites, config)
     if dry_run:
         print(_describe(sites, config))
@@ -80,7 +81,7 @@ def patch_model(
     for site, child in zip(chosen, children, strict=True):
         site.module.add_module(CHILD_NAME, child)
     for owner in governing_configs(root):
-        _arm(owner.config, config, owner.paths, softmax_implementation=owner.config._attn_implementation)
+        _arm(owner, config, softmax_implementation=owner.config._attn_implementation)
     return model
 
 
@@ -136,6 +137,12 @@ def patched_layers(model: nn.Module) -> list[tuple[str, PolyAttention]]:
     return [(path, active_child(module)) for path, module in _patched_modules(pretrained_model(model))]
 
 
+def spec_of(model: nn.Module) -> str:
+    """Returns the spec of a patched model's layers; all of them in layer order, joined by commas, if they differ."""
+    specs = [str(child.config.spec) for _, child in patched_layers(model)]
+    return ", ".join(specs) if len(set(specs)) > 1 else specs[0]
+
+
 def describe(model: nn.Module) -> Description:
     """Returns what each attention module of a model is: a table that prints.
 
@@ -188,28 +195,32 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
 
 @dataclass(frozen=True, slots=True)
 class GoverningConfig:
-    """A config whose `_attn_implementation` decides for patched modules, and their paths below its owner."""
+    """A config whose `_attn_implementation` decides for patched modules, and the specs of those below its owner."""
 
     config: PreTrainedConfig
-    paths: tuple[str, ...]
+    specs: dict[str, str]
 
 
 def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     """Returns the configs of every submodel that holds patched modules, and of the modules themselves.
 
-    The root's comes first. Paths are relative to the outermost submodel with that config, without the prefix
-    of a task head, so that they hold for the bare model and for every head.
+    The root's comes first. Specs are by path, relative to the outermost submodel with that config and without the
+    prefix of a task head, so that they hold for the bare model and for every head.
     """
     patched = _patched_modules(root)
+    specs = {path: str(active_child(module).config.spec) for path, module in patched}
     found: dict[int, GoverningConfig] = {}
     for prefix, submodel in root.named_modules():
         if isinstance(submodel, PreTrainedModel) and id(submodel.config) not in found:
-            below = [path[len(prefix) :].lstrip(".") for path, _ in patched if _is_below(path, prefix)]
+            below = {
+                _strip_head_prefix(submodel, path[len(prefix) :].lstrip(".")): spec
+                for path, spec in specs.items()
+                if _is_below(path, prefix)
+            }
             if below:
-                paths = tuple(_strip_head_prefix(submodel, path) for path in below)
-                found[id(submodel.config)] = GoverningConfig(submodel.config, paths)
+                found[id(submodel.config)] = GoverningConfig(submodel.config, below)
     for _, module in patched:
-        found.setdefault(id(module.config), GoverningConfig(module.config, ()))
+        found.setdefault(id(module.config), GoverningConfig(module.config, {}))
     return list(found.values())
 
 
@@ -238,17 +249,18 @@ def attach_saved(model: PreTrainedModel) -> None:
     if state is None:
         return
     config = config_from_state(state)
-    paths = state.get("modules") if isinstance(state, Mapping) else None
-    sites = attention_sites(model)
-    if paths is None:  # written by hand beside a softmax checkpoint
-        chosen = [site for site in sites if _why_not(site, config) is None]
-    else:
-        chosen = [site for site in sites if _strip_head_prefix(model, site.path) in paths]
-    for site in chosen:
+    specs = state.get("modules") if isinstance(state, Mapping) else None
+    for site in attention_sites(model):
+        if specs is None:  # written by hand beside a softmax checkpoint
+            own = config.spec_of(site.layer) if _why_not(site, config) is None else None
+        else:
+            own = specs.get(_strip_head_prefix(model, site.path))
+        if own is None:
+            continue
         if site.obstacle is not None:
             raise PatchError(f"the checkpoint has a polynomial {site.path!r}, but {site.obstacle}")
         if CHILD_NAME not in site.module._modules:
-            site.module.add_module(CHILD_NAME, _new_child(site, config))
+            site.module.add_module(CHILD_NAME, _new_child(site, dataclasses.replace(config, spec=own, layer_specs=())))
     if not is_patched(model):
         return
     for owner in governing_configs(model):
@@ -257,7 +269,7 @@ def attach_saved(model: PreTrainedModel) -> None:
             softmax = getattr(owner.config, CONFIG_KEY)["softmax_implementation"]
         elif softmax == IMPLEMENTATION:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
-        _arm(owner.config, config, owner.paths, softmax)
+        _arm(owner, config, softmax)
 
 
 def config_from_state(state: Any) -> PolyAttentionConfig:
@@ -281,20 +293,50 @@ def reconfigure(model: nn.Module, **changes: Any) -> None:
         getattr(owner.config, CONFIG_KEY).update(changes)
 
 
-def _arm(
-    config: PreTrainedConfig, patch: PolyAttentionConfig, paths: tuple[str, ...], softmax_implementation: str
-) -> None:
+def change_specs(model: nn.Module, specs: Mapping[str, Polynomial]) -> None:
+    """Gives patched attention modules other polynomials, uncalibrated, on the intervals that they have.
+
+    Args:
+        model: patched.
+        specs: polynomials by path of the attention module; the others keep theirs.
+
+    Raises:
+        PatchError: the model is not patched, or has no polynomial at one of the paths.
+    """
+    root = pretrained_model(model)
+    _require_patched(root)
+    modules = dict(_patched_modules(root))
+    unknown = sorted(specs.keys() - modules.keys())
+    if unknown:
+        raise PatchError(f"{type(root).__name__} has no polynomial attention at {unknown}; it has it at {[*modules]}")
+    for path, spec in specs.items():
+        for child in modules[path].modules():  # PEFT keeps copies
+            if isinstance(child, PolyAttention) and child.config.spec != spec:
+                child.change_spec(spec)
+    for owner in governing_configs(root):
+        state = getattr(owner.config, CONFIG_KEY)
+        state["modules"] = owner.specs
+        if owner.specs:
+            state["spec"], state["layer_specs"] = Counter(owner.specs.values()).most_common(1)[0][0], {}
+
+
+def _arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementation: str) -> None:
     """Makes a config run "polyattn", and a Transformers without the plugin refuse to load it."""
-    state = {**patch.to_dict(), "modules": list(paths), "softmax_implementation": softmax_implementation}
-    setattr(config, CONFIG_KEY, state)
-    config.attn_implementation = IMPLEMENTATION
-    config._attn_implementation_internal = IMPLEMENTATION
+    state = {**patch.to_dict(), "modules": owner.specs, "softmax_implementation": softmax_implementation}
+    setattr(owner.config, CONFIG_KEY, state)
+    owner.config.attn_implementation = IMPLEMENTATION
+    owner.config._attn_implementation_internal = IMPLEMENTATION
 
 
 def _new_child(site: AttentionSite, config: PolyAttentionConfig) -> PolyAttention:
+    config = _own_config(site, config)
     device = next((parameter.device for parameter in site.module.parameters()), torch.device("cpu"))
     child = PolyAttention(config, site.heads, site.head_dim, device=device)
     return child.train(site.module.training)
+
+
+def _own_config(site: AttentionSite, config: PolyAttentionConfig) -> PolyAttentionConfig:
+    return dataclasses.replace(config, spec=config.spec_of(site.layer), layer_specs=())
 
 
 def _merge(
@@ -336,9 +378,10 @@ def _require_patchable(root: PreTrainedModel, sites: list[AttentionSite], config
             f"{name} has attention that would silently stay softmax: {'; '.join(classes)}, for example at "
             f"{stuck[0].path!r}. Pass exclude=[...] to leave these modules softmax on purpose."
         )
-    if config.layers is not None:
+    asked = {*(config.layers or ()), *(layer for layer, _ in config.layer_specs)}
+    if asked:
         known = {site.layer for site in sites}
-        unknown = [layer for layer in config.layers if layer not in known]
+        unknown = sorted(asked - known)
         if unknown:
             raise PatchError(f"{name} has no attention in layers {unknown}; it has layers {sorted(known)}")
     reasons = {_why_not(site, config) for site in sites}
@@ -356,14 +399,20 @@ def _require_patched(root: PreTrainedModel) -> None:
         raise PatchError(f"{type(root).__name__} is not patched; call patch_model(model, spec) first")
 
 
-def _require_same(root: PreTrainedModel, config: PolyAttentionConfig) -> None:
-    current = patched_layers(root)[0][1].config
-    calibrated = {name: getattr(current, name) for name in ("interval", "clamp", "key_shift")}
-    if current not in (config, dataclasses.replace(config, **calibrated)):
-        raise PatchError(
-            f"{type(root).__name__} is already patched with {current}, asked for {config}. "
-            "Call unpatch_model(model) first, or patch with the same config."
-        )
+def _require_same(root: PreTrainedModel, sites: list[AttentionSite], config: PolyAttentionConfig) -> None:
+    for site in sites:
+        asked = _own_config(site, config) if _why_not(site, config) is None else None
+        patched = CHILD_NAME in site.module._modules
+        current = active_child(site.module).config if patched else None
+        if asked is not None and current is not None:
+            calibrated = {name: getattr(current, name) for name in ("interval", "clamp", "key_shift")}
+            if current in (asked, dataclasses.replace(asked, **calibrated)):
+                continue
+        if (asked or current) is not None:
+            raise PatchError(
+                f"{type(root).__name__} is already patched, at {site.path!r} with {current or 'softmax'}; asked for "
+                f"{asked or 'softmax'}. Call unpatch_model(model) first, or patch with the same config."
+            )
 
 
 def _patched_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -101,6 +101,7 @@ class PolyAttentionConfig:
     Attributes:
         spec: the polynomial; a string is parsed.
         layers: indices of the layers to patch; None for all of them.
+        layer_specs: polynomials of single layers, (layer, spec) pairs or a mapping; the others have `spec`.
         include: glob patterns on module paths; None admits every path.
         exclude: glob patterns on module paths that stay softmax on purpose.
         cross_attention: also patch cross-attention modules.
@@ -119,6 +120,7 @@ class PolyAttentionConfig:
 
     spec: Polynomial = Polynomial()
     layers: tuple[int, ...] | None = None
+    layer_specs: tuple[tuple[int, Polynomial], ...] = ()
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     cross_attention: bool = False
@@ -132,6 +134,7 @@ class PolyAttentionConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", Polynomial.parse(self.spec))
         object.__setattr__(self, "layers", _layer_indices(self.layers))
+        object.__setattr__(self, "layer_specs", _layer_specs(self.layer_specs))
         object.__setattr__(self, "include", None if self.include is None else _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         if self.granularity not in get_args(Granularity):
@@ -143,12 +146,18 @@ class PolyAttentionConfig:
             raise SpecError(f"backend must be a string, got {self.backend!r}")
 
     def __str__(self) -> str:
-        return str(self.spec)
+        single = [f"layer {layer}: {spec}" for layer, spec in self.layer_specs]
+        return f"{self.spec} ({', '.join(single)})" if single else str(self.spec)
+
+    def spec_of(self, layer: int) -> Polynomial:
+        """Returns the polynomial of a layer."""
+        return dict(self.layer_specs).get(layer, self.spec)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as JSON types, with its format version."""
         data = asdict(self)
         data["spec"] = str(self.spec)
+        data["layer_specs"] = {str(layer): str(spec) for layer, spec in self.layer_specs}
         for name in ("layers", "include", "exclude"):
             data[name] = None if data[name] is None else list(data[name])
         return {"format_version": FORMAT_VERSION, **data}
@@ -186,6 +195,20 @@ def _layer_indices(layers: Iterable[int] | None) -> tuple[int, ...] | None:
     if any(type(index) is not int or index < 0 for index in indices):
         raise SpecError(f"layers must be indices >= 0, got {indices!r}")
     return tuple(sorted(set(indices)))
+
+
+def _layer_specs(specs: Any) -> tuple[tuple[int, Polynomial], ...]:
+    expected = f"layer_specs must map layer indices to specs, got {specs!r}"
+    if not isinstance(specs, (Mapping, tuple, list)):
+        raise SpecError(expected)
+    try:
+        pairs = dict(specs)
+        layers = _layer_indices([int(layer) if isinstance(layer, str) else layer for layer in pairs])
+    except (TypeError, ValueError):
+        raise SpecError(expected) from None
+    if layers is None or len(layers) != len(pairs):
+        raise SpecError(expected)
+    return tuple(sorted((int(layer), Polynomial.parse(spec)) for layer, spec in pairs.items()))
 
 
 def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:

@@ -155,14 +155,16 @@ def test_type_checkers_see_the_public_names() -> None:
 # ---------------------------------------------------------------- floors
 
 FLOORS = {
-    0: {"errors", "spec"},
+    0: {"errors", "files", "spec"},
     1: {"ops"},
     2: {"core"},
     3: {"attention", "families", "masking", "patch"},
-    4: {"capture", "fitting", "inspection"},
-    5: {"calibration", "distillation", "diagnosis", "monitor", "bench", "hub"},
-    6: {"_activation", "callback", "cli"},
-    7: {"__init__"},
+    4: {"capture", "fitting", "inspection", "training"},
+    5: {"bench", "calibration", "diagnosis", "hub", "layerwise", "monitor", "quality"},
+    6: {"distillation"},
+    7: {"alignment", "annealing", "conversion"},
+    8: {"_activation", "callback", "cli"},
+    9: {"__init__"},
 }
 SHARING_A_FLOOR = {0, 1, 3}  # where modules may import their neighbours
 ALLOWED_PACKAGES = {
@@ -171,9 +173,8 @@ ALLOWED_PACKAGES = {
     2: {"torch"},
     3: {"torch", "transformers"},
     4: {"torch", "transformers", "tqdm", "numpy"},
-    5: {"torch", "transformers", "tqdm", "numpy", "safetensors"},
-    6: {"torch", "transformers", "tqdm", "numpy", "safetensors"},
-    7: set[str](),
+    **{floor: {"torch", "transformers", "tqdm", "numpy", "safetensors"} for floor in (5, 6, 7, 8)},
+    9: set[str](),
 }
 
 
