@@ -126,17 +126,26 @@ def divergence_from(teacher: nn.Module, model: nn.Module, inputs: Mapping[str, A
     """Returns the loss of a batch under a model, compared with its teacher."""
     with torch.no_grad():
         target = teacher(**inputs, output_hidden_states=True, return_dict=True)
-    return _divergence(model(**inputs, output_hidden_states=True, return_dict=True), target, inputs)
+    return divergence(model(**inputs, output_hidden_states=True, return_dict=True), target, inputs)
 
 
 def _has_row_sums(model: nn.Module) -> bool:
     return any(child.config.spec.normalizer == "l1" for _, child in patched_layers(model))
 
 
-def _divergence(output: Any, target: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Returns the loss of the module's docstring, a float32 scalar.
+def divergence(output: Any, target: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Returns how far a student's outputs are from its teacher's: the loss of `distill`, a float32 scalar.
 
-    Hidden states and logits are what the outputs call `…hidden_states` and `…logits`.
+    The relative squared error of the hidden states, mean over layers, plus the Kullback-Leibler divergence of
+    the logits, mean over positions; 0 for equal outputs. Padding, by `attention_mask`, is left out.
+
+    Args:
+        output: the student's, a `ModelOutput` with the same fields as the teacher's.
+        target: the teacher's; what it calls `…hidden_states` and `…logits` is compared.
+        inputs: of both models.
+
+    Raises:
+        InputError: the teacher's outputs have neither.
     """
     terms = []
     for name, expected in target.items():

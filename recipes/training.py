@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from plotting import plot_stages
+from runs import describe_device, peak_memory_mib, read_arguments, single_process, versions, write_beside
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_polyattn
@@ -254,22 +249,6 @@ class Stages:
             write_beside(Path(self.arguments.predictions), lambda path: save_file(predictions, path))
 
 
-def read_arguments(types: tuple[type, ...]) -> list[Any]:
-    """Returns the arguments from the command line, and from the YAML or JSON file that may be its first word.
-
-    What the command line says goes before what the file says.
-    """
-    parser = HfArgumentParser(types)
-    words = sys.argv[1:]
-    if words and words[0].endswith((".yaml", ".yml", ".json")):
-        values = yaml.safe_load(Path(words.pop(0)).read_text())
-        known = {field.name for type_ in types for field in dataclasses.fields(type_)}
-        if not isinstance(values, dict) or not known.issuperset(values):
-            parser.error(f"{sys.argv[1]} must map argument names to values; known names are {', '.join(sorted(known))}")
-        parser.set_defaults(**values)
-    return list(parser.parse_args_into_dataclasses(words))
-
-
 def interleaved_latency(models: list[PreTrainedModel], batch: Mapping[str, Tensor], repeats: int) -> tuple[float, ...]:
     """Returns each model's median time for one forward pass in milliseconds; the models take turns."""
     times: list[list[float]] = [[] for _ in models]
@@ -283,45 +262,6 @@ def interleaved_latency(models: list[PreTrainedModel], batch: Mapping[str, Tenso
                 if turn > 0:  # the first is warm-up
                     record.append(1e3 * (time.perf_counter() - started))
     return tuple(round(statistics.median(record), 3) for record in times)
-
-
-def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file or folder under a temporary name beside its own, then renames it: it is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(partial, path)
-
-
-def single_process() -> dict[str, str]:
-    """Returns the environment without what makes a process one of several."""
-    ours = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-
-
-def versions() -> dict[str, str]:
-    packages = ("hf_polyattn", "torch", "transformers", "accelerate", "datasets", "safetensors")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def describe_device(accelerator: Accelerator) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine()
-    return {
-        "type": accelerator.device.type,
-        "name": name,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "mixed_precision": accelerator.mixed_precision,
-    }
-
-
-def peak_memory_mib() -> int:
-    """Returns the largest resident memory of this process or of one that it started."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, KiB elsewhere
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usage) // unit
 
 
 def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:

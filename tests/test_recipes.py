@@ -125,7 +125,7 @@ def test_table_and_plot_are_whole(demo: tuple[Path, str]) -> None:
         assert words in printed
     assert printed.count("reloaded") == 3 + 1
     assert (output / "stages.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(output.glob(".partial-*"))
+    assert not list(output.glob(".partial*"))
 
 
 def test_two_processes_share_the_work_and_one_writes(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,0 +1,406 @@
+"""Fine-tuning under one budget: the softmax checkpoint as control, and polynomial models that start from it.
+
+A recipe says what its model, data and metrics are, as a `Task`; `finetune` brings each `--spec` from the checkpoint to
+a saved model:
+
+    softmax → patched → calibrated (or annealed) → fine-tuned → saved → reloaded
+
+and measures it at each stage on held-out rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from runs import describe_device, peak_memory_mib, versions, write_beside, written_beside
+from sources import Rows
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from trainer import PolyAttentionTrainer
+from training import LEARNING_RATES
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_polyattn
+from hf_polyattn import InputError, PolyAttnError, Polynomial
+from hf_polyattn.patch import CONFIG_KEY, format_table
+
+CONTROL = "softmax"
+
+
+@dataclasses.dataclass
+class FinetuningArguments(TrainingArguments):
+    """What every recipe can be told, beside what `transformers.TrainingArguments` has."""
+
+    model: str = dataclasses.field(default="", metadata={"help": "path or Hub name of the softmax checkpoint"})
+    spec: list[str] = dataclasses.field(
+        default_factory=lambda: [CONTROL, "poly6-l1"],
+        metadata={"help": 'the arms, each from the checkpoint: polynomials, and "softmax", the control'},
+    )
+    adapt: Literal["calibrate", "none"] = dataclasses.field(
+        default="calibrate", metadata={"help": "how the polynomials start: in closed form, or as bare monomials"}
+    )
+    calibration_batches: int = dataclasses.field(default=16, metadata={"help": "of per_device_eval_batch_size rows"})
+    anneal: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "polynomials to go through before the arm's own"}
+    )
+    anneal_steps: int = dataclasses.field(default=100, metadata={"help": "training steps of each of them"})
+    coefficient_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "peak, of the polynomials; default 2e-3, for l1 specs 1e-4"}
+    )
+    distill_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "adds so many times the divergence from the softmax teacher to the loss"}
+    )
+    teacher: str | None = dataclasses.field(
+        default=None, metadata={"help": "softmax teacher, for example a fine-tuned control; default: the checkpoint"}
+    )
+    lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters and polynomials; 0: all"})
+    lora_alpha: int = dataclasses.field(default=16, metadata={"help": "scale of the adapters, times their rank"})
+    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "before the adapters"})
+    lora_targets: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "modules with adapters, by the end of their names; default: all linear ones"}
+    )
+    resume: bool = dataclasses.field(
+        default=False, metadata={"help": "go on where a run with the same arguments was stopped"}
+    )
+
+    output_dir: str | None = "outputs/finetuning"
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: str | list[str] | None = None
+    # Columns are chosen by the recipe; a loss that is not finite must be seen.
+    remove_unused_columns: bool | None = False
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
+        super().__post_init__()
+        # Each process reads its own rows of a stream: collated batches differ in length and cannot be cut up.
+        self.accelerator_config.dispatch_batches = False
+        if not self.model:
+            raise InputError("no --model given: the path or Hub name of a softmax checkpoint")
+        if self.load_best_model_at_end:
+            raise InputError("--load_best_model_at_end is not supported: arms are compared after the same budget")
+        for spec in [*self.spec, *self.anneal]:
+            if spec != CONTROL:
+                Polynomial.parse(spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a recipe fine-tunes, on what, and how it is measured.
+
+    Attributes:
+        data: what the data is, as JSON types, for the results.
+        load_model: from a path or Hub name; equal seeds give equal new heads.
+        processor: tokenizer or image processor, saved beside the model.
+        train: examples to train on; without a length they are a stream.
+        held_out: examples to measure on.
+        collate: makes a batch of model inputs, `labels` among them.
+        predict: from a model's outputs and the batch, one row of float32 numbers an example.
+        score: from the rows of all held-out examples, the measures.
+        columns: their names and what they mean in a sentence; the first is the one by which arms are compared.
+        unit: what the budget is counted in.
+        new_modules: names of modules that start from random numbers and are trained whole beside LoRA adapters.
+        augment: changes a batch that is trained on.
+    """
+
+    data: dict[str, Any]
+    load_model: Callable[[str], PreTrainedModel]
+    processor: Any
+    train: Rows
+    held_out: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    predict: Callable[[Any, Mapping[str, Any]], Tensor]
+    score: Callable[[Tensor], dict[str, float]]
+    columns: dict[str, str]
+    unit: Literal["tokens", "images"]
+    new_modules: tuple[str, ...] = ()
+    augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Ends the process with `error: …` and status 1 for what its user can put right."""
+    try:
+        yield
+    except (PolyAttnError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
+    """Brings every arm through its stages, writes `all_results.json` and prints the table.
+
+    Raises:
+        InputError: the output folder has another run in it, or arguments that do not go together.
+        SaveError: a checkpoint or result could not be written.
+        FinetuningError: a loss is not finite.
+    """
+    return Arms(task, arguments).run()
+
+
+class Arms:
+    """The arms of one run: each from the same checkpoint, with the same seed, data order and budget."""
+
+    def __init__(self, task: Task, arguments: FinetuningArguments) -> None:
+        self.task, self.arguments = task, arguments
+        self.output = Path(arguments.output_dir or ".")
+        if arguments.max_steps < 0 and not hasattr(task.train, "__len__"):
+            raise InputError("a stream has no end that is known; set --max_steps")
+        if arguments.distill_weight and task.new_modules and arguments.teacher is None:
+            raise InputError(
+                f"the checkpoint has no {', '.join(task.new_modules)} for this task, so it cannot be the teacher; set "
+                f"--teacher to a fine-tuned softmax model, for example {self.output / CONTROL / 'model'}"
+            )
+        self.softmax = self.load(arguments.model)
+        # Its accelerator, which all trainers share, also serves to measure.
+        self.accelerator = PolyAttentionTrainer(model=self.softmax, args=copy.copy(arguments)).accelerator
+        self.main = self.accelerator.is_main_process
+        self.check_output()
+        self.started = time.perf_counter()
+        self.baseline = self.measure(self.softmax)[0]
+
+    def run(self) -> dict[str, Any]:
+        """Returns the results of all arms; those of a run that is resumed are not trained again."""
+        results: dict[str, Any] = {"arms": {}}
+        for spec in self.arguments.spec:
+            file = self.output / spec / "results.json"
+            results["arms"][spec] = json.loads(file.read_text()) if file.exists() else self.run_arm(spec)
+            results |= self.circumstances()
+            self.write(self.output / "all_results.json", results)
+        if self.main:
+            print(render(results, self.task.columns))
+            print(f"\nWritten to {self.output}: all_results.json, and for each arm a checkpoint in <spec>/model.")
+        return results
+
+    def run_arm(self, spec: str) -> dict[str, Any]:
+        """Returns the measures of one arm; its model is saved in <spec>/model."""
+        task, arguments, folder = self.task, self.arm_arguments(spec), self.output / spec
+        stages: dict[str, Any] = {"softmax": self.baseline}
+        seconds: dict[str, float] = {}
+        calibration = None
+
+        model = self.load(arguments.model).to(self.accelerator.device)
+        if spec != CONTROL:
+            hf_polyattn.patch_model(model, spec)
+            stages["patched"], _ = self.measure(model)
+        if spec != CONTROL and arguments.adapt == "calibrate":
+            with timed(seconds, "calibrate"):
+                calibration = hf_polyattn.calibrate(model, self.calibration_batches(), progress=self.main)
+            stages["calibrated"], _ = self.measure(model)
+        if spec != CONTROL and arguments.anneal:
+            with timed(seconds, "anneal"):
+                model = self.anneal(spec)
+            stages["annealed"], _ = self.measure(model)
+
+        cached = model.config.use_cache if "use_cache" in model.config.to_dict() else None
+        if arguments.lora_rank > 0:
+            model = add_adapters(model, arguments, task.new_modules)
+        trainer = PolyAttentionTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=task.train,
+            data_collator=task.collate,
+            processing_class=task.processor,
+            teacher=self.teacher(),
+            augment=task.augment,
+            measure=lambda trained: self.measure(trained)[0],
+        )
+        if arguments.max_steps != 0:
+            with timed(seconds, "finetune"):
+                trainer.train(resume_from_checkpoint=last_checkpoint(folder) if arguments.resume else None)
+
+        wrapped = trainer.model_wrapped
+        model = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        if arguments.lora_rank > 0:
+            self.save(folder / "adapter", model, None)
+            model = wrapped = model.merge_and_unload()
+        if cached is not None:
+            model.config.use_cache = cached  # Trainer turned it off
+        stages["finetuned"], predictions = self.measure(model)
+        self.save(folder / "model", model, self.accelerator.get_state_dict(wrapped))
+        stages["reloaded"], again = self.measure(self.load(folder / "model").to(self.accelerator.device))
+        if not torch.equal(predictions, again) and not trainer.is_fsdp_enabled:
+            difference = (predictions - again).abs().max()
+            raise PolyAttnError(f"{folder / 'model'} predicts something else than what was saved, by {difference:.3g}")
+
+        result = {
+            "stages": stages,
+            "reload_is_equal": torch.equal(predictions, again),
+            "checkpoint": str(folder / "model"),
+            "spent": self.spent(trainer),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "calibration": None if calibration is None else calibration.to_dict(),
+            "log_history": trainer.state.log_history,
+        }
+        self.write(folder / "results.json", result)
+        if self.arguments.push_to_hub and self.main:
+            self.push(spec)
+        self.accelerator.free_memory()
+        return result
+
+    def anneal(self, spec: str) -> PreTrainedModel:
+        """Returns the checkpoint, brought to a polynomial by way of those in --anneal."""
+        # The one call of hf_polyattn.anneal.
+        try:
+            from hf_polyattn import anneal
+        except ImportError:
+            raise InputError("--anneal needs hf_polyattn.anneal, which this version does not have") from None
+        model = self.load(self.arguments.model).to(self.accelerator.device)
+        rungs = [*self.arguments.anneal, spec]
+        anneal(model, self.calibration_batches(), rungs, steps=self.arguments.anneal_steps)
+        return model
+
+    def load(self, source: str | Path) -> PreTrainedModel:
+        """Returns a model in eval mode; a new head starts from the same random numbers each time."""
+        set_seed(self.arguments.seed)
+        return self.task.load_model(str(source)).eval()
+
+    def arm_arguments(self, spec: str) -> FinetuningArguments:
+        """Returns the arguments of an arm: its own folder and the rate of its polynomials."""
+        arguments = copy.copy(self.arguments)
+        arguments.output_dir = str(self.output / spec)
+        arguments.push_to_hub = False  # of every checkpoint; the saved model is pushed at the end
+        if arguments.coefficient_learning_rate is None:
+            arguments.coefficient_learning_rate = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"][1]
+        return arguments
+
+    def teacher(self) -> PreTrainedModel | None:
+        if not self.arguments.distill_weight:
+            return None
+        if self.arguments.teacher is None:
+            return self.softmax
+        return self.load(self.arguments.teacher).to(self.accelerator.device)
+
+    def calibration_batches(self) -> list[dict[str, Any]]:
+        """Returns batches of training rows, the same ones in every process."""
+        rows = self.task.train.shuffle(seed=self.arguments.seed)
+        loader = DataLoader(rows, batch_size=self.arguments.per_device_eval_batch_size, collate_fn=self.task.collate)
+        batches = islice(loader, self.arguments.calibration_batches)
+        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+    @torch.no_grad()
+    def measure(self, model: torch.nn.Module) -> tuple[dict[str, float], Tensor]:
+        """Returns a model's measures on the held-out examples and its predictions; all processes share the work."""
+        loader: Any = DataLoader(
+            self.task.held_out, batch_size=self.arguments.per_device_eval_batch_size, collate_fn=self.task.collate
+        )
+        loader, rows, training = self.accelerator.prepare_data_loader(loader), [], model.training
+        model.eval()
+        for batch in tqdm(loader, desc="measure", disable=not self.main or self.arguments.disable_tqdm, leave=False):
+            with self.accelerator.autocast():
+                outputs = model(**batch)
+            rows.append(self.accelerator.gather_for_metrics(self.task.predict(outputs, batch).float()).cpu())
+        model.train(training)
+        predictions = torch.cat(rows)
+        return self.task.score(predictions), predictions
+
+    def save(self, folder: Path, model: Any, state: dict[str, Tensor] | None) -> None:
+        """Writes a model, or an adapter, with its processor; whole or not at all."""
+        with written_beside(folder, self.accelerator) as partial:
+            model.save_pretrained(partial, state_dict=state, is_main_process=self.main)
+            if self.main and self.task.processor is not None:
+                self.task.processor.save_pretrained(partial)
+            if self.main and hasattr(model, "peft_config"):  # says which polynomials the adapter's base has
+                model.get_base_model().config.save_pretrained(partial)
+
+    def push(self, spec: str) -> None:
+        """Uploads the saved model of an arm, each arm to a repository of its own."""
+        name = self.arguments.hub_model_id or self.output.name
+        repository = f"{name}-{spec.replace('^', '-pow')}"
+        model = self.load(self.output / spec / "model")
+        token, private = self.arguments.hub_token, self.arguments.hub_private_repo
+        for part in (model, self.task.processor):
+            part.push_to_hub(repository, token=token, private=private)
+
+    def spent(self, trainer: PolyAttentionTrainer) -> dict[str, int]:
+        """Returns the budget that an arm has used up."""
+        steps, arguments = trainer.state.global_step, trainer.args
+        examples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        spent = {"steps": steps, "examples_at_most": steps * examples}
+        return spent | ({"tokens": int(trainer.state.num_input_tokens_seen)} if self.task.unit == "tokens" else {})
+
+    def circumstances(self) -> dict[str, Any]:
+        return {
+            "model": self.arguments.model,
+            "data": self.task.data,
+            "arguments": self.arguments.to_dict(),
+            "seed": self.arguments.seed,
+            "device": describe_device(self.accelerator),
+            "versions": versions(),
+            "wall_seconds": round(time.perf_counter() - self.started, 1),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+
+    def check_output(self) -> None:
+        """Raises InputError if the output folder has arms of this run in it, and is not to be gone on with."""
+        for spec in self.arguments.spec:
+            folder = self.output / spec
+            if self.main and self.arguments.resume:
+                shutil.rmtree(folder / ".partial", ignore_errors=True)
+            elif folder.exists() and any(folder.glob("*")):
+                raise InputError(f"{folder} has a run in it; go on with --resume, or set another --output_dir")
+        self.accelerator.wait_for_everyone()
+
+    def write(self, file: Path, content: Any) -> None:
+        if self.main:
+            write_beside(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        self.accelerator.wait_for_everyone()
+
+
+def add_adapters(model: PreTrainedModel, arguments: FinetuningArguments, new_modules: tuple[str, ...]) -> Any:
+    """Returns a model whose own weights are frozen: LoRA adapters, polynomials and new modules are trained."""
+    polynomials = ("polyattn",) if getattr(model.config, CONFIG_KEY, None) else ()
+    config = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_targets or "all-linear",
+        modules_to_save=[*polynomials, *new_modules] or None,
+    )
+    return get_peft_model(model, config)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Returns the newest checkpoint of an arm; one that was being written when its run was killed has no such name."""
+    return get_last_checkpoint(str(folder)) if folder.exists() else None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Returns the table of all stages of all arms, with what its columns mean."""
+    first = next(iter(columns))
+    control = results["arms"].get(CONTROL)
+    rows = []
+    for spec, arm in results["arms"].items():
+        for stage, values in arm["stages"].items():
+            against = "" if control is None else f"{values[first] - control['stages']['finetuned'][first]:+.4f}"
+            steps = arm["spent"]["steps"] if stage in ("finetuned", "reloaded") else 0
+            rows.append((spec, stage, steps, *(f"{values[name]:.4f}" for name in columns), against))
+    meanings = {**columns, "vs_control": f"{first} minus that of the fine-tuned softmax model, under the same budget"}
+    width = max(map(len, meanings))
+    lines = [f"{name.ljust(width)}  {meaning}" for name, meaning in meanings.items()]
+    return "\n".join(["", format_table(("arm", "stage", "steps", *columns, "vs_control"), rows), "", *lines])

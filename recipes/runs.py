@@ -1,0 +1,123 @@
+"""What every recipe's run has: arguments that are read, files that are whole or absent, and where it ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+from hf_polyattn import PolyAttnError
+
+
+class SaveError(PolyAttnError):
+    """A file or folder that could not be written; nothing of it is left."""
+
+
+def read_arguments(types: tuple[type, ...]) -> list[Any]:
+    """Returns the arguments from the command line, and from the YAML or JSON file that may be its first word.
+
+    What the command line says goes before what the file says.
+    """
+    parser = HfArgumentParser(types)
+    words = sys.argv[1:]
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        values = yaml.safe_load(Path(words.pop(0)).read_text())
+        known = {field.name for type_ in types for field in dataclasses.fields(type_)}
+        if not isinstance(values, dict) or not known.issuperset(values):
+            parser.error(f"{sys.argv[1]} must map argument names to values; known names are {', '.join(sorted(known))}")
+        parser.set_defaults(**values)
+    return list(parser.parse_args_into_dataclasses(words))
+
+
+@contextmanager
+def written_beside(path: Path, accelerator: Accelerator | None = None) -> Iterator[Path]:
+    """Yields a path to write to instead, which then takes the place of `path`: it is whole or absent.
+
+    Several processes may write files of one folder; the main one renames it once all have come to the end.
+
+    Args:
+        path: file or folder; what is there is replaced.
+        accelerator: of the processes that enter together; None for one process.
+
+    Raises:
+        SaveError: writing failed, for example because the disk is full.
+    """
+    partial = path.parent / ".partial" / path.name
+    main = accelerator is None or accelerator.is_main_process
+    wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
+    try:
+        if main:
+            _remove(partial)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        wait()
+        yield partial
+        wait()
+        if main:
+            _remove(path)
+            os.replace(partial, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise SaveError(
+            f"{path} cannot be written: {error}. What was saved before it is kept; make room and run again."
+        ) from error
+    finally:
+        if main:
+            _remove(partial)
+            with suppress(OSError):  # others are being written there
+                partial.parent.rmdir()
+    wait()
+
+
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file or folder through `written_beside`."""
+    with written_beside(path) as partial:
+        write(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def single_process() -> dict[str, str]:
+    """Returns the environment without what makes a process one of several."""
+    ours = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def versions() -> dict[str, str]:
+    packages = ("hf_polyattn", "torch", "transformers", "accelerate", "datasets", "safetensors")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def describe_device(accelerator: Accelerator) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.machine()
+    return {
+        "type": accelerator.device.type,
+        "name": name,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def peak_memory_mib() -> int:
+    """Returns the largest resident memory of this process or of one that it started."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, KiB elsewhere
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage) // unit
