@@ -89,8 +89,8 @@ def main() -> None:
     )
 
 
-def load_model(source: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(source)
+def load_model(source: str, dtype: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
 
 
 def check_block_size(model: str, size: int | None) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from runs import describe_device, peak_memory_mib, versions, write_beside, written_beside
 from sources import Rows
@@ -47,6 +48,10 @@ class FinetuningArguments(TrainingArguments):
     """What every recipe can be told, beside what `transformers.TrainingArguments` has."""
 
     model: str = dataclasses.field(default="", metadata={"help": "path or Hub name of the softmax checkpoint"})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = dataclasses.field(
+        default="float32",
+        metadata={"help": "of the weights; auto: the checkpoint's. --bf16 keeps them, and computes in it"},
+    )
     spec: list[str] = dataclasses.field(
         default_factory=lambda: [CONTROL, "poly6-l1"],
         metadata={"help": 'the arms, each from the checkpoint: polynomials, and "softmax", the control'},
@@ -83,10 +88,11 @@ class FinetuningArguments(TrainingArguments):
     warmup_steps: float = 0.1
     logging_steps: float = 10
     save_total_limit: int | None = 2
-    report_to: str | list[str] | None = None
+    report_to: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser needs this order)
     # Columns are chosen by the recipe; a loss that is not finite must be seen.
     remove_unused_columns: bool | None = False
     logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
         if self.report_to is None:
@@ -109,7 +115,7 @@ class Task:
 
     Attributes:
         data: what the data is, as JSON types, for the results.
-        load_model: from a path or Hub name; equal seeds give equal new heads.
+        load_model: from a path or Hub name and `dtype=`; equal seeds give equal new heads.
         processor: tokenizer or image processor, saved beside the model.
         train: examples to train on; without a length they are a stream.
         held_out: examples to measure on.
@@ -123,7 +129,7 @@ class Task:
     """
 
     data: dict[str, Any]
-    load_model: Callable[[str], PreTrainedModel]
+    load_model: Callable[..., PreTrainedModel]
     processor: Any
     train: Rows
     held_out: Any
@@ -173,6 +179,9 @@ class Arms:
         # Its accelerator, which all trainers share, also serves to measure.
         self.accelerator = PolyAttentionTrainer(model=self.softmax, args=copy.copy(arguments)).accelerator
         self.main = self.accelerator.is_main_process
+        self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.sharded and arguments.lora_rank > 0:
+            raise InputError("--lora_rank is for models that each process holds whole; use configs/multi_gpu.yaml")
         self.check_output()
         self.started = time.perf_counter()
         self.baseline = self.measure(self.softmax)[0]
@@ -216,7 +225,7 @@ class Arms:
         trainer = PolyAttentionTrainer(
             model=model,
             args=arguments,
-            train_dataset=task.train,
+            train_dataset=task.train if hasattr(task.train, "__len__") else task.train.shuffle(seed=arguments.seed),
             data_collator=task.collate,
             processing_class=task.processor,
             teacher=self.teacher(),
@@ -237,7 +246,7 @@ class Arms:
         stages["finetuned"], predictions = self.measure(model)
         self.save(folder / "model", model, self.accelerator.get_state_dict(wrapped))
         stages["reloaded"], again = self.measure(self.load(folder / "model").to(self.accelerator.device))
-        if not torch.equal(predictions, again) and not trainer.is_fsdp_enabled:
+        if not torch.equal(predictions, again) and not self.sharded:
             difference = (predictions - again).abs().max()
             raise PolyAttnError(f"{folder / 'model'} predicts something else than what was saved, by {difference:.3g}")
 
@@ -271,7 +280,7 @@ class Arms:
     def load(self, source: str | Path) -> PreTrainedModel:
         """Returns a model in eval mode; a new head starts from the same random numbers each time."""
         set_seed(self.arguments.seed)
-        return self.task.load_model(str(source)).eval()
+        return self.task.load_model(str(source), dtype=self.arguments.dtype).eval()
 
     def arm_arguments(self, spec: str) -> FinetuningArguments:
         """Returns the arguments of an arm: its own folder and the rate of its polynomials."""

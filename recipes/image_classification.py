@@ -1,0 +1,122 @@
+"""Fine-tunes an image classifier with polynomial attention beside its softmax original.
+
+    accelerate launch recipes/image_classification.py --model google/vit-base-patch16-224 --dataset uoft-cs/cifar10 \
+        --image_column img --eval_split test --spec softmax poly6-l1 --num_train_epochs 1 --output_dir outputs/cifar10
+
+ViT and other models of `AutoModelForImageClassification`; a head for other labels is replaced by a new one. All weights
+are trained, or with --lora_rank adapters, the polynomials and a new head. Images are mirrored at random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
+from datasets import Image
+from finetuning import FinetuningArguments, Task, errors_in_a_line, finetune
+from runs import read_arguments
+from sources import DataArguments, label_index, label_names, read_rows
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from hf_polyattn import InputError
+
+
+@dataclasses.dataclass
+class ImageArguments(DataArguments):
+    """The images and their labels."""
+
+    image_column: str = dataclasses.field(default="image", metadata={"help": "column that holds the images"})
+    label_column: str = dataclasses.field(default="label", metadata={"help": "column that holds numbers or names"})
+    num_labels: int | None = dataclasses.field(default=None, metadata={"help": "how many labels; default: those found"})
+    image_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "height and width in pixels; default: the checkpoint's"}
+    )
+    augment: bool = dataclasses.field(default=True, metadata={"help": "mirror each image at random"})
+    metrics: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "of the evaluate library, beside accuracy and macro_f1"}
+    )
+
+
+def main() -> None:
+    arguments, data = read_arguments((FinetuningArguments, ImageArguments))
+    size = {} if data.image_size is None else {"height": data.image_size, "width": data.image_size}
+    sizes = {"size": size, "crop_size": size} if size else {}
+    processor = AutoImageProcessor.from_pretrained(arguments.model, **sizes)
+
+    # Data: images become pixels when they are needed, labels whole numbers.
+    columns = [data.image_column, data.label_column]
+    train, held_out = read_rows(data, columns)
+    names = label_names(train, data.label_column, data.num_labels)
+    for rows in (train, held_out):
+        for value in rows.unique(data.label_column):
+            label_index(value, names, data.label_column)
+    encode = partial(encode_rows, processor=processor, columns=columns, names=names)
+    train, held_out = (
+        rows.cast_column(data.image_column, Image(mode="RGB")).with_transform(encode) for rows in (train, held_out)
+    )
+
+    # Softmax baseline, patch, calibrate, anneal, fine-tune, evaluate, save, push.
+    finetune(
+        Task(
+            data={**dataclasses.asdict(data), "labels": names, "held_out_examples": len(held_out)},
+            load_model=classifier_loader(AutoModelForImageClassification, names),
+            processor=processor,
+            train=train,
+            held_out=held_out,
+            collate=partial(collate, options=size_options(arguments.model, data.image_size)),
+            predict=predict,
+            score=scorer(load_metrics(data.metrics)),
+            columns=COLUMNS,
+            unit="images",
+            new_modules=new_modules(AutoModelForImageClassification, arguments.model, names),
+            augment=mirror if data.augment else None,
+        ),
+        arguments,
+    )
+
+
+def size_options(model: str, size: int | None) -> dict[str, bool]:
+    """Returns what the model must be told of images of another size than its checkpoint's.
+
+    Raises:
+        InputError: it takes no other size.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if size is None or size == config.image_size:
+        return {}
+    kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    if "interpolate_pos_encoding" not in inspect.signature(kind.forward).parameters:
+        raise InputError(f"{kind.__name__} takes images of {config.image_size} pixels only; leave --image_size out")
+    return {"interpolate_pos_encoding": True}
+
+
+def encode_rows(
+    rows: dict[str, list[Any]], *, processor: Any, columns: list[str], names: list[str]
+) -> dict[str, list[Any]]:
+    """Returns images as pixel tensors and labels as whole numbers."""
+    images, labels = columns
+    pixels = processor([image.convert("RGB") for image in rows[images]], return_tensors="pt")["pixel_values"]
+    return {"pixel_values": list(pixels), "labels": [label_index(value, names, labels) for value in rows[labels]]}
+
+
+def collate(examples: list[dict[str, Any]], *, options: dict[str, bool]) -> dict[str, Any]:
+    """Returns a batch of pixels, (images, channels, height, width), and labels."""
+    pixels = torch.stack([example["pixel_values"] for example in examples])
+    return {"pixel_values": pixels, "labels": torch.tensor([example["labels"] for example in examples]), **options}
+
+
+def mirror(batch: dict[str, Any]) -> dict[str, Any]:
+    """Returns the batch with each image mirrored, left to right, by the toss of a coin."""
+    pixels = batch["pixel_values"]
+    chosen = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+    return {**batch, "pixel_values": torch.where(chosen, pixels.flip(-1), pixels)}
+
+
+if __name__ == "__main__":
+    with errors_in_a_line():
+        main()
