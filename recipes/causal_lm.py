@@ -17,7 +17,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from finetuning import FinetuningArguments, Task, errors_in_a_line, finetune
+from arguments import FinetuningArguments
+from finetuning import Task, errors_in_a_line, finetune
 from runs import read_arguments
 from sources import DataArguments, Rows, read_rows
 from torch import Tensor

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import DistributedType
+from arguments import CONTROL, FinetuningArguments
 from peft import LoraConfig, get_peft_model
 from runs import describe_device, peak_memory_mib, versions, write_beside, written_beside
 from sources import Rows
@@ -32,81 +33,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trainer import PolyAttentionTrainer
 from training import LEARNING_RATES
-from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.integrations import is_tensorboard_available
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
-from hf_polyattn import InputError, PolyAttnError, Polynomial
+from hf_polyattn import InputError, PolyAttnError
 from hf_polyattn.patch import CONFIG_KEY, format_table
-
-CONTROL = "softmax"
-
-
-@dataclasses.dataclass
-class FinetuningArguments(TrainingArguments):
-    """What every recipe can be told, beside what `transformers.TrainingArguments` has."""
-
-    model: str = dataclasses.field(default="", metadata={"help": "path or Hub name of the softmax checkpoint"})
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = dataclasses.field(
-        default="float32",
-        metadata={"help": "of the weights; auto: the checkpoint's. --bf16 keeps them, and computes in it"},
-    )
-    spec: list[str] = dataclasses.field(
-        default_factory=lambda: [CONTROL, "poly6-l1"],
-        metadata={"help": 'the arms, each from the checkpoint: polynomials, and "softmax", the control'},
-    )
-    adapt: Literal["calibrate", "none"] = dataclasses.field(
-        default="calibrate", metadata={"help": "how the polynomials start: in closed form, or as bare monomials"}
-    )
-    calibration_batches: int = dataclasses.field(default=16, metadata={"help": "of per_device_eval_batch_size rows"})
-    anneal: list[str] = dataclasses.field(
-        default_factory=list, metadata={"help": "polynomials to go through before the arm's own"}
-    )
-    anneal_steps: int = dataclasses.field(default=100, metadata={"help": "training steps of each of them"})
-    coefficient_learning_rate: float | None = dataclasses.field(
-        default=None, metadata={"help": "peak, of the polynomials; default 2e-3, for l1 specs 1e-4"}
-    )
-    distill_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "adds so many times the divergence from the softmax teacher to the loss"}
-    )
-    teacher: str | None = dataclasses.field(
-        default=None, metadata={"help": "softmax teacher, for example a fine-tuned control; default: the checkpoint"}
-    )
-    lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters and polynomials; 0: all"})
-    lora_alpha: int = dataclasses.field(default=16, metadata={"help": "scale of the adapters, times their rank"})
-    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "before the adapters"})
-    lora_targets: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "modules with adapters, by the end of their names; default: all linear ones"}
-    )
-    resume: bool = dataclasses.field(
-        default=False, metadata={"help": "go on where a run with the same arguments was stopped"}
-    )
-
-    output_dir: str | None = "outputs/finetuning"
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
-    logging_steps: float = 10
-    save_total_limit: int | None = 2
-    report_to: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser needs this order)
-    # Columns are chosen by the recipe; a loss that is not finite must be seen.
-    remove_unused_columns: bool | None = False
-    logging_nan_inf_filter: bool = False
-    ddp_find_unused_parameters: bool | None = False
-
-    def __post_init__(self) -> None:
-        if self.report_to is None:
-            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
-        super().__post_init__()
-        # Each process reads its own rows of a stream: collated batches differ in length and cannot be cut up.
-        self.accelerator_config.dispatch_batches = False
-        if not self.model:
-            raise InputError("no --model given: the path or Hub name of a softmax checkpoint")
-        if self.load_best_model_at_end:
-            raise InputError("--load_best_model_at_end is not supported: arms are compared after the same budget")
-        for spec in [*self.spec, *self.anneal]:
-            if spec != CONTROL:
-                Polynomial.parse(spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,14 +291,28 @@ class Arms:
         }
 
     def check_output(self) -> None:
-        """Raises InputError if the output folder has arms of this run in it, and is not to be gone on with."""
-        for spec in self.arguments.spec:
-            folder = self.output / spec
-            if self.main and self.arguments.resume:
-                shutil.rmtree(folder / ".partial", ignore_errors=True)
-            elif folder.exists() and any(folder.glob("*")):
-                raise InputError(f"{folder} has a run in it; go on with --resume, or set another --output_dir")
+        """Prepares the output folder: what a killed run was writing there is removed.
+
+        Raises:
+            InputError: arms of this run are in it, and it is not to be gone on with, or with other arguments.
+        """
+        arms = [folder for spec in self.arguments.spec if (folder := self.output / spec).exists()]
+        if arms and not self.arguments.resume:
+            raise InputError(f"{arms[0]} has a run in it; go on with --resume, or set another --output_dir")
+        file = self.output / "arguments.json"
+        decisive = {**self.arguments.decisive(), "processes": self.accelerator.num_processes, "data": self.task.data}
+        decisive = json.loads(json.dumps(decisive))
+        if self.arguments.resume and file.exists():
+            before = json.loads(file.read_text())
+            changed = [name for name in decisive if decisive[name] != before.get(name)]
+            if changed:
+                given = ", ".join(f"{name} was {before.get(name)}, is {decisive[name]}" for name in changed)
+                raise InputError(f"--resume needs the arguments of the run in {self.output}: {given}")
         self.accelerator.wait_for_everyone()
+        if self.main:
+            for folder in arms:
+                shutil.rmtree(folder / ".partial", ignore_errors=True)
+        self.write(file, decisive)
 
     def write(self, file: Path, content: Any) -> None:
         if self.main:

@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from arguments import FinetuningArguments
 from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
 from datasets import Image
-from finetuning import FinetuningArguments, Task, errors_in_a_line, finetune
+from finetuning import Task, errors_in_a_line, finetune
 from runs import read_arguments
 from sources import DataArguments, label_index, label_names, read_rows
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification

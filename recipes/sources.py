@@ -20,7 +20,9 @@ Rows = Dataset | IterableDataset
 class DataArguments:
     """Where the rows come from."""
 
-    dataset: str = dataclasses.field(metadata={"help": "Hub name, folder, or .parquet, .csv, .json, .jsonl, .txt file"})
+    dataset: str = dataclasses.field(
+        default="", metadata={"help": "Hub name, folder, or .parquet, .csv, .json, .jsonl, .txt file"}
+    )
     dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "configuration of the data set"})
     train_split: str = dataclasses.field(default="train", metadata={"help": 'such as "train" or "train[:90%]"'})
     eval_dataset: str | None = dataclasses.field(
@@ -42,6 +44,8 @@ def read_rows(arguments: DataArguments, columns: Sequence[str], *, streaming: bo
     Raises:
         InputError: there is no such data set, split or column, or no row in it.
     """
+    if not arguments.dataset:
+        raise InputError("no --dataset given: a Hub name, a folder or a file")
     train = _read(arguments.dataset, arguments.dataset_config, arguments.train_split, columns, streaming)
     if arguments.max_train_examples is not None:
         train = train.take(arguments.max_train_examples)

@@ -13,8 +13,9 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+from arguments import FinetuningArguments
 from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
-from finetuning import FinetuningArguments, Task, errors_in_a_line, finetune
+from finetuning import Task, errors_in_a_line, finetune
 from runs import read_arguments
 from sources import DataArguments, label_index, label_names, read_rows
 from transformers import (

@@ -1,0 +1,89 @@
+"""What the fine-tuning recipes can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from hf_polyattn import InputError, Polynomial
+
+CONTROL = "softmax"  # the arm that is fine-tuned as it is
+
+
+@dataclasses.dataclass
+class FinetuningArguments(TrainingArguments):
+    """What every recipe can be told, beside what `transformers.TrainingArguments` has."""
+
+    model: str = dataclasses.field(default="", metadata={"help": "path or Hub name of the softmax checkpoint"})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = dataclasses.field(
+        default="float32",
+        metadata={"help": "of the weights; auto: the checkpoint's. --bf16 keeps them, and computes in it"},
+    )
+    spec: list[str] = dataclasses.field(
+        default_factory=lambda: [CONTROL, "poly6-l1"],
+        metadata={"help": 'the arms, each from the checkpoint: polynomials, and "softmax", the control'},
+    )
+    adapt: Literal["calibrate", "none"] = dataclasses.field(
+        default="calibrate", metadata={"help": "how the polynomials start: in closed form, or as bare monomials"}
+    )
+    calibration_batches: int = dataclasses.field(default=16, metadata={"help": "of per_device_eval_batch_size rows"})
+    anneal: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "polynomials to go through before the arm's own"}
+    )
+    anneal_steps: int = dataclasses.field(default=100, metadata={"help": "training steps of each of them"})
+    coefficient_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "peak, of the polynomials; default 2e-3, for l1 specs 1e-4"}
+    )
+    distill_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "adds so many times the divergence from the softmax teacher to the loss"}
+    )
+    teacher: str | None = dataclasses.field(
+        default=None, metadata={"help": "softmax teacher, for example a fine-tuned control; default: the checkpoint"}
+    )
+    lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters and polynomials; 0: all"})
+    lora_alpha: int = dataclasses.field(default=16, metadata={"help": "scale of the adapters, times their rank"})
+    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "before the adapters"})
+    lora_targets: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "modules with adapters, by the end of their names; default: all linear ones"}
+    )
+    resume: bool = dataclasses.field(
+        default=False, metadata={"help": "go on where a run with the same arguments was stopped"}
+    )
+
+    output_dir: str | None = "outputs/finetuning"
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    report_to: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser needs this order)
+    # Columns are chosen by the recipe; a loss that is not finite must be seen.
+    remove_unused_columns: bool | None = False
+    logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        if self.report_to is None:
+            self.report_to = "tensorboard" if is_tensorboard_available() else "none"
+        super().__post_init__()
+        # Each process reads its own rows of a stream: collated batches differ in length and cannot be cut up.
+        self.accelerator_config.dispatch_batches = False
+        if not self.model:
+            raise InputError("no --model given: the path or Hub name of a softmax checkpoint")
+        if self.load_best_model_at_end:
+            raise InputError("--load_best_model_at_end is not supported: arms are compared after the same budget")
+        for spec in [*self.spec, *self.anneal]:
+            if spec != CONTROL:
+                Polynomial.parse(spec)
+
+    def decisive(self) -> dict[str, object]:
+        """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
+        names = (
+            *("model", "dtype", "adapt", "calibration_batches", "anneal", "anneal_steps", "distill_weight", "teacher"),
+            *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "coefficient_learning_rate"),
+            *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+            *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16"),
+        )
+        return {name: getattr(self, name) for name in names}
