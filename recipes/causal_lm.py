@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from arguments import FinetuningArguments
-from finetuning import Task, errors_in_a_line, finetune
-from runs import read_arguments
+from finetuning import finetune
+from runs import errors_in_a_line, read_arguments
 from sources import DataArguments, Rows, read_rows
+from task import Task
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

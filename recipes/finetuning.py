@@ -11,23 +11,22 @@ and measures it at each stage on held-out rows.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import DistributedType
 from arguments import CONTROL, FinetuningArguments
+from comparison import circumstances, render
 from peft import LoraConfig, get_peft_model
-from runs import describe_device, peak_memory_mib, versions, write_beside, written_beside
-from sources import Rows
+from runs import write_beside, written_beside
+from task import Task
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -38,49 +37,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
 from hf_polyattn import InputError, PolyAttnError
-from hf_polyattn.patch import CONFIG_KEY, format_table
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a recipe fine-tunes, on what, and how it is measured.
-
-    Attributes:
-        data: what the data is, as JSON types, for the results.
-        load_model: from a path or Hub name and `dtype=`; equal seeds give equal new heads.
-        processor: tokenizer or image processor, saved beside the model.
-        train: examples to train on; without a length they are a stream.
-        held_out: examples to measure on.
-        collate: makes a batch of model inputs, `labels` among them.
-        predict: from a model's outputs and the batch, one row of float32 numbers an example.
-        score: from the rows of all held-out examples, the measures.
-        columns: their names and what they mean in a sentence; the first is the one by which arms are compared.
-        unit: what the budget is counted in.
-        new_modules: names of modules that start from random numbers and are trained whole beside LoRA adapters.
-        augment: changes a batch that is trained on.
-    """
-
-    data: dict[str, Any]
-    load_model: Callable[..., PreTrainedModel]
-    processor: Any
-    train: Rows
-    held_out: Any
-    collate: Callable[[list[Any]], dict[str, Any]]
-    predict: Callable[[Any, Mapping[str, Any]], Tensor]
-    score: Callable[[Tensor], dict[str, float]]
-    columns: dict[str, str]
-    unit: Literal["tokens", "images"]
-    new_modules: tuple[str, ...] = ()
-    augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
-
-@contextmanager
-def errors_in_a_line() -> Iterator[None]:
-    """Ends the process with `error: …` and status 1 for what its user can put right."""
-    try:
-        yield
-    except (PolyAttnError, OSError) as error:
-        sys.exit(f"error: {error}")
+from hf_polyattn.patch import CONFIG_KEY
 
 
 def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
@@ -111,6 +68,8 @@ class Arms:
         # Its accelerator, which all trainers share, also serves to measure.
         self.accelerator = PolyAttentionTrainer(model=self.softmax, args=copy.copy(arguments)).accelerator
         self.main = self.accelerator.is_main_process
+        for spec in set(arguments.spec) - {CONTROL}:  # what cannot be patched is said before anything is trained
+            hf_polyattn.unpatch_model(hf_polyattn.patch_model(self.softmax, spec))
         self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.sharded and arguments.lora_rank > 0:
             raise InputError("--lora_rank is for models that each process holds whole; use configs/multi_gpu.yaml")
@@ -124,7 +83,7 @@ class Arms:
         for spec in self.arguments.spec:
             file = self.output / spec / "results.json"
             results["arms"][spec] = json.loads(file.read_text()) if file.exists() else self.run_arm(spec)
-            results |= self.circumstances()
+            results |= circumstances(self.arguments, self.task, self.accelerator, self.started)
             self.write(self.output / "all_results.json", results)
         if self.main:
             print(render(results, self.task.columns))
@@ -178,13 +137,14 @@ class Arms:
         stages["finetuned"], predictions = self.measure(model)
         self.save(folder / "model", model, self.accelerator.get_state_dict(wrapped))
         stages["reloaded"], again = self.measure(self.load(folder / "model").to(self.accelerator.device))
-        if not torch.equal(predictions, again) and not self.sharded:
+        same = torch.equal(predictions.nan_to_num(), again.nan_to_num())  # a bare monomial may give NaN
+        if not same and not self.sharded:
             difference = (predictions - again).abs().max()
             raise PolyAttnError(f"{folder / 'model'} predicts something else than what was saved, by {difference:.3g}")
 
         result = {
             "stages": stages,
-            "reload_is_equal": torch.equal(predictions, again),
+            "reload_is_equal": same,
             "checkpoint": str(folder / "model"),
             "spent": self.spent(trainer),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -278,18 +238,6 @@ class Arms:
         spent = {"steps": steps, "examples_at_most": steps * examples}
         return spent | ({"tokens": int(trainer.state.num_input_tokens_seen)} if self.task.unit == "tokens" else {})
 
-    def circumstances(self) -> dict[str, Any]:
-        return {
-            "model": self.arguments.model,
-            "data": self.task.data,
-            "arguments": self.arguments.to_dict(),
-            "seed": self.arguments.seed,
-            "device": describe_device(self.accelerator),
-            "versions": versions(),
-            "wall_seconds": round(time.perf_counter() - self.started, 1),
-            "peak_memory_mib": peak_memory_mib(),
-        }
-
     def check_output(self) -> None:
         """Prepares the output folder: what a killed run was writing there is removed.
 
@@ -343,19 +291,3 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
-
-
-def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """Returns the table of all stages of all arms, with what its columns mean."""
-    first = next(iter(columns))
-    control = results["arms"].get(CONTROL)
-    rows = []
-    for spec, arm in results["arms"].items():
-        for stage, values in arm["stages"].items():
-            against = "" if control is None else f"{values[first] - control['stages']['finetuned'][first]:+.4f}"
-            steps = arm["spent"]["steps"] if stage in ("finetuned", "reloaded") else 0
-            rows.append((spec, stage, steps, *(f"{values[name]:.4f}" for name in columns), against))
-    meanings = {**columns, "vs_control": f"{first} minus that of the fine-tuned softmax model, under the same budget"}
-    width = max(map(len, meanings))
-    lines = [f"{name.ljust(width)}  {meaning}" for name, meaning in meanings.items()]
-    return "\n".join(["", format_table(("arm", "stage", "steps", *columns, "vs_control"), rows), "", *lines])

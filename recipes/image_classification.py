@@ -18,9 +18,10 @@ import torch
 from arguments import FinetuningArguments
 from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
 from datasets import Image
-from finetuning import Task, errors_in_a_line, finetune
-from runs import read_arguments
+from finetuning import finetune
+from runs import errors_in_a_line, read_arguments
 from sources import DataArguments, label_index, label_names, read_rows
+from task import Task
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 

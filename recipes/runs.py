@@ -27,6 +27,15 @@ class SaveError(PolyAttnError):
     """A file or folder that could not be written; nothing of it is left."""
 
 
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Ends the process with `error: …` and status 1 for what its user can put right."""
+    try:
+        yield
+    except (PolyAttnError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 def read_arguments(types: tuple[type, ...]) -> list[Any]:
     """Returns the arguments from the command line, and from the YAML or JSON file that may be its first word.
 

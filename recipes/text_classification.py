@@ -15,9 +15,10 @@ from typing import Any
 
 from arguments import FinetuningArguments
 from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
-from finetuning import Task, errors_in_a_line, finetune
-from runs import read_arguments
+from finetuning import finetune
+from runs import errors_in_a_line, read_arguments
 from sources import DataArguments, label_index, label_names, read_rows
+from task import Task
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,

@@ -121,7 +121,7 @@ def test_training_changes_the_model_and_saving_does_not(told: tuple[Path, dict[s
 
 def test_arms_can_be_compared_in_the_table(told: tuple[Path, dict[str, Any]], run: Run) -> None:
     results = told[1]
-    rows = importlib.import_module("finetuning").render(results, {"nll": "", "perplexity": ""}).splitlines()
+    rows = importlib.import_module("comparison").render(results, {"nll": "", "perplexity": ""}).splitlines()
     difference = (results["arms"][arm]["stages"]["finetuned"]["nll"] for arm in ("poly3", "softmax"))
     expected = f"{next(difference) - next(difference):+.4f}"
     assert [row.split()[-1] for row in rows if row.split()[:2] == ["poly3", "finetuned"]] == [expected]

@@ -1,0 +1,44 @@
+"""What a fine-tuning recipe brings to `finetuning.finetune`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from sources import Rows
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a recipe fine-tunes, on what, and how it is measured.
+
+    Attributes:
+        data: what the data is, as JSON types, for the results.
+        load_model: from a path or Hub name and `dtype=`; equal seeds give equal new heads.
+        processor: tokenizer or image processor, saved beside the model.
+        train: examples to train on; without a length they are a stream.
+        held_out: examples to measure on.
+        collate: makes a batch of model inputs, `labels` among them.
+        predict: from a model's outputs and the batch, one row of float32 numbers an example.
+        score: from the rows of all held-out examples, the measures.
+        columns: their names and what they mean in a sentence; the first is the one by which arms are compared.
+        unit: what the budget is counted in.
+        new_modules: names of modules that start from random numbers and are trained whole beside LoRA adapters.
+        augment: changes a batch that is trained on.
+    """
+
+    data: dict[str, Any]
+    load_model: Callable[..., PreTrainedModel]
+    processor: Any
+    train: Rows
+    held_out: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    predict: Callable[[Any, Mapping[str, Any]], Tensor]
+    score: Callable[[Tensor], dict[str, float]]
+    columns: dict[str, str]
+    unit: Literal["tokens", "images"]
+    new_modules: tuple[str, ...] = ()
+    augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None
