@@ -76,6 +76,8 @@ class Arms:
         self.check_output()
         self.started = time.perf_counter()
         self.baseline = self.measure(self.softmax)[0]
+        if not arguments.distill_weight or arguments.teacher is not None:
+            del self.softmax  # it is not the teacher
 
     def run(self) -> dict[str, Any]:
         """Returns the results of all arms; those of a run that is resumed are not trained again."""
@@ -112,6 +114,7 @@ class Arms:
 
         cached = model.config.use_cache if "use_cache" in model.config.to_dict() else None
         if arguments.lora_rank > 0:
+            set_seed(arguments.seed)
             model = add_adapters(model, arguments, task.new_modules)
         trainer = PolyAttentionTrainer(
             model=model,
@@ -154,6 +157,7 @@ class Arms:
         self.write(folder / "results.json", result)
         if self.arguments.push_to_hub and self.main:
             self.push(spec)
+        trainer.accelerator.free_memory()
         self.accelerator.free_memory()
         return result
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from runs import written_beside
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_polyattn import PolyAttnError, param_groups
 from hf_polyattn.distillation import divergence
@@ -43,6 +44,16 @@ class PolyAttentionTrainer(Trainer):
         super().__init__(**kwargs)
         self.teacher, self.augment, self.measure = teacher, augment, measure
         self.writing: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains, from a checkpoint if one is given; `Trainer` would train a step more from that of the last step."""
+        if resume_from_checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the optimizer that the arguments name, over `hf_polyattn.param_groups`."""

@@ -212,12 +212,24 @@ def test_stream_goes_on_at_the_row_where_it_stopped(run: Run, molecules: list[st
     assert losses(resumed) == losses(whole)
 
 
+def test_run_killed_after_its_last_step_is_not_trained_further(run: Run, molecules: list[str], tmp_path: Path) -> None:
+    words = [*molecules, "--spec", "poly3", "--max_steps", "10", "--save_steps", "5"]
+    words += ["--lr_scheduler_type", "constant"]
+    whole = run("causal_lm", tmp_path, *words)["arms"]["poly3"]
+    (tmp_path / "poly3/results.json").unlink()
+    resumed = run("causal_lm", tmp_path, *words, "--resume")["arms"]["poly3"]
+    assert resumed["stages"] == whole["stages"]
+    assert resumed["spent"] == whole["spent"]
+    assert losses(resumed) == losses(whole)
+
+
 def test_adapters_and_polynomials_are_trained_saved_merged_and_reloaded(
     run: Run, molecules: list[str], checkpoint: Callable[[str], Path], batch: Callable[..., Any], tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
     words = [*molecules, "--spec", "poly3", "--max_steps", "4", "--lora_rank", "4", "--learning_rate", "1e-2"]
+    words += ["--save_steps", "2"]
     results = run("causal_lm", tmp_path, *words)["arms"]["poly3"]
     assert results["reload_is_equal"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "poly3/model").eval()
@@ -236,6 +248,12 @@ def test_adapters_and_polynomials_are_trained_saved_merged_and_reloaded(
     softmax = load_file(checkpoint("gpt2-zinc") / "model.safetensors")
     embeddings = merged.get_input_embeddings().weight
     assert torch.equal(embeddings, softmax["transformer.wte.weight"])  # nothing but adapters and polynomials trains
+
+    (tmp_path / "poly3/results.json").unlink()
+    shutil.rmtree(tmp_path / "poly3/checkpoint-4")
+    resumed = run("causal_lm", tmp_path, *words, "--resume")["arms"]["poly3"]
+    assert resumed["stages"] == results["stages"]
+    assert losses(resumed) == losses(results)
 
 
 def test_polynomials_have_their_own_rate_and_no_decay(run: Run, checkpoint: Callable[[str], Path]) -> None:
