@@ -28,7 +28,7 @@ from .errors import InputError, PatchError
 from .fitting import ALPHA
 from .ops.masks import band
 from .patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
-from .training import TrainingReport, TrainingState, evaluating, param_groups, train
+from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, train
 
 MAX_ROWS = 128  # query rows of a batch entry whose partition sums are looked at
 
@@ -77,6 +77,7 @@ def align(
         raise PatchError("the teacher is patched; give the softmax model, or None for a softmax copy of the model")
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
+    device = device_of(model, accelerator)
     layers = patched_layers(model)
     if all(child.config.spec.normalizer == "l1" for _, child in layers):
         raise InputError(
@@ -85,7 +86,7 @@ def align(
     state = TrainingState(checkpoint, {"align": spec_of(model), "steps": steps, "lr": lr, "penalty": penalty})
     if teacher is None:
         teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
-    teacher.to(next(model.parameters()).device if accelerator is None else accelerator.device)
+    teacher.to(device)
     polynomials = [p for _, child in layers for p in child.parameters() if p.requires_grad]
     for parameter in polynomials:
         parameter.requires_grad_(False)

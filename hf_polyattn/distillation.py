@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .errors import InputError, PatchError
 from .layerwise import match_layers
 from .patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
-from .training import TrainingReport, TrainingState, evaluating, param_groups, rows_of, train
+from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, rows_of, train
 
 _EPSILON = 1e-12
 
@@ -92,6 +92,7 @@ def distill(
         raise PatchError("the teacher is patched; give the softmax model, or None for a softmax copy of the student")
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
+    device = device_of(model, accelerator)
     defaults = LEARNING_RATES["l1" if _has_row_sums(model) else "fixed"]
     if coefficient_lr is None:
         coefficient_lr = defaults[1] if lr is None else lr
@@ -100,7 +101,7 @@ def distill(
     state = TrainingState(checkpoint, {**settings, "coefficient_lr": coefficient_lr, "weight_decay": weight_decay})
     if teacher is None:
         teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
-    teacher.to(next(model.parameters()).device if accelerator is None else accelerator.device)
+    teacher.to(device)
     if layer_steps and state.saved is None:
         match_layers(model, batches, steps=layer_steps, progress=progress)
 

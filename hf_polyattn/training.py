@@ -82,11 +82,9 @@ def train(
         progress: show it.
 
     Raises:
-        InputError: no batches, or an accelerator that accumulates gradients.
+        InputError: no batches.
         TrainingError: a loss or gradient is not finite; the model keeps the last weights whose loss was.
     """
-    if accelerator is not None and accelerator.gradient_accumulation_steps != 1:
-        raise InputError(f"{title} takes one batch an update; use an Accelerator with gradient_accumulation_steps=1")
     optimizer: Any = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps, warmup))
     if accelerator is not None:
@@ -187,6 +185,21 @@ class TrainingState:
         """Removes the file, if there is one."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def device_of(model: nn.Module, accelerator: Any) -> torch.device:
+    """Returns where a model trains.
+
+    Raises:
+        InputError: the accelerator accumulates gradients, and `train` takes one batch an update.
+    """
+    if accelerator is None:
+        return next(model.parameters()).device
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            "this training takes one batch an update; use an Accelerator with gradient_accumulation_steps=1"
+        )
+    return accelerator.device  # type: ignore[no-any-return]
 
 
 def param_groups(

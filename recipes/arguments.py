@@ -34,6 +34,12 @@ class FinetuningArguments(TrainingArguments):
         default_factory=list, metadata={"help": "polynomials to go through before the arm's own"}
     )
     anneal_steps: int = dataclasses.field(default=100, metadata={"help": "training steps of each of them"})
+    align_steps: int = dataclasses.field(
+        default=0, metadata={"help": "steps of partition alignment before the polynomials of arms without l1"}
+    )
+    layer_steps: int = dataclasses.field(
+        default=0, metadata={"help": "steps in which each calibrated polynomial is matched to softmax by itself"}
+    )
     coefficient_learning_rate: float | None = dataclasses.field(
         default=None, metadata={"help": "peak, of the polynomials; default 2e-3, for l1 specs 1e-4"}
     )
@@ -77,11 +83,33 @@ class FinetuningArguments(TrainingArguments):
         for spec in [*self.spec, *self.anneal]:
             if spec != CONTROL:
                 Polynomial.parse(spec)
+        before = [spec for spec in self.spec if self.steps_before(spec)]
+        if before and self.lora_rank > 0:
+            raise InputError("--align_steps and --anneal train all weights; they do not go with --lora_rank")
+        if before and self.adapt == "none":
+            raise InputError("--align_steps and --anneal prepare for calibration; they do not go with --adapt none")
+        needed = max(map(self.steps_before, before), default=0)
+        if needed > max(0, self.max_steps):
+            raise InputError(
+                f"--align_steps and --anneal_steps are part of the budget: set --max_steps, now {self.max_steps}, to "
+                f"{needed} or more"
+            )
+
+    def steps_before(self, spec: str) -> int:
+        """Returns how many steps of an arm's budget may be spent before its own polynomials train."""
+        if spec == CONTROL:
+            return 0
+        return self.aligned(spec) + len(self.anneal) * self.anneal_steps
+
+    def aligned(self, spec: str) -> int:
+        """Returns the steps of alignment of an arm: none with l1, which divides by the partition sum itself."""
+        return 0 if spec == CONTROL or Polynomial.parse(spec).normalizer == "l1" else self.align_steps
 
     def decisive(self) -> dict[str, object]:
         """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
         names = (
-            *("model", "dtype", "adapt", "calibration_batches", "anneal", "anneal_steps", "distill_weight", "teacher"),
+            *("model", "dtype", "adapt", "calibration_batches", "anneal", "anneal_steps", "align_steps", "layer_steps"),
+            *("distill_weight", "teacher"),
             *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "coefficient_learning_rate"),
             *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
             *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16"),

@@ -38,7 +38,8 @@ def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     for spec, arm in results["arms"].items():
         for stage, values in arm["stages"].items():
             against = "" if control is None else f"{values[first] - control['stages']['finetuned'][first]:+.4f}"
-            steps = arm["spent"]["steps"] if stage in ("finetuned", "reloaded") else 0
+            before, after = arm["spent"]["steps_before"], arm["spent"]["steps"]
+            steps = {"finetuned": before + after, "reloaded": before + after, "calibrated": before}.get(stage, 0)
             rows.append((spec, stage, steps, *(f"{values[name]:.4f}" for name in columns), against))
     meanings = {**columns, "vs_control": f"{first} minus that of the fine-tuned softmax model, under the same budget"}
     width = max(map(len, meanings))

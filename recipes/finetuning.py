@@ -3,7 +3,7 @@
 A recipe says what its model, data and metrics are, as a `Task`; `finetune` brings each `--spec` from the checkpoint to
 a saved model:
 
-    softmax → patched → calibrated (or annealed) → fine-tuned → saved → reloaded
+    softmax → patched → (aligned, annealed) calibrated → fine-tuned → saved → reloaded
 
 and measures it at each stage on held-out rows.
 """
@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trainer import PolyAttentionTrainer
-from training import LEARNING_RATES
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
 from hf_polyattn import InputError, PolyAttnError
+from hf_polyattn.distillation import LEARNING_RATES
 from hf_polyattn.patch import CONFIG_KEY
 
 
@@ -104,13 +104,9 @@ class Arms:
             hf_polyattn.patch_model(model, spec)
             stages["patched"], _ = self.measure(model)
         if spec != CONTROL and arguments.adapt == "calibrate":
-            with timed(seconds, "calibrate"):
-                calibration = hf_polyattn.calibrate(model, self.calibration_batches(), progress=self.main)
+            with timed(seconds, "adapt"):
+                calibration = self.adapt(model, spec)
             stages["calibrated"], _ = self.measure(model)
-        if spec != CONTROL and arguments.anneal:
-            with timed(seconds, "anneal"):
-                model = self.anneal(spec)
-            stages["annealed"], _ = self.measure(model)
 
         cached = model.config.use_cache if "use_cache" in model.config.to_dict() else None
         if arguments.lora_rank > 0:
@@ -149,7 +145,7 @@ class Arms:
             "stages": stages,
             "reload_is_equal": same,
             "checkpoint": str(folder / "model"),
-            "spent": self.spent(trainer),
+            "spent": self.spent(trainer, arguments.steps_before(spec)),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "calibration": None if calibration is None else calibration.to_dict(),
             "log_history": trainer.state.log_history,
@@ -161,17 +157,34 @@ class Arms:
         self.accelerator.free_memory()
         return result
 
-    def anneal(self, spec: str) -> PreTrainedModel:
-        """Returns the checkpoint, brought to a polynomial by way of those in --anneal."""
-        # The one call of hf_polyattn.anneal.
-        try:
-            from hf_polyattn import anneal
-        except ImportError:
-            raise InputError("--anneal needs hf_polyattn.anneal, which this version does not have") from None
-        model = self.load(self.arguments.model).to(self.accelerator.device)
-        rungs = [*self.arguments.anneal, spec]
-        anneal(model, self.calibration_batches(), rungs, steps=self.arguments.anneal_steps)
-        return model
+    def adapt(self, model: PreTrainedModel, spec: str) -> Any:
+        """Brings an arm's model to its calibrated polynomials; returns the report of the last calibration.
+
+        Every process does the same on the same batches.
+        """
+        arguments, batches = self.arguments, self.calibration_batches()
+        if arguments.aligned(spec):
+            hf_polyattn.align(
+                model,
+                self.training_batches(),
+                steps=arguments.align_steps,
+                lr=arguments.learning_rate,
+                weight_decay=arguments.weight_decay,
+                progress=self.main,
+            )
+        if arguments.anneal:
+            hf_polyattn.anneal(
+                model,
+                self.training_batches(),
+                arguments.anneal,
+                steps=arguments.anneal_steps,
+                calibration_batches=arguments.calibration_batches,
+                progress=self.main,
+            )
+        calibration = hf_polyattn.calibrate(model, batches, spec=spec, progress=self.main)
+        if arguments.layer_steps:
+            hf_polyattn.match_layers(model, batches, steps=arguments.layer_steps, progress=self.main)
+        return calibration
 
     def load(self, source: str | Path) -> PreTrainedModel:
         """Returns a model in eval mode; a new head starts from the same random numbers each time."""
@@ -182,6 +195,8 @@ class Arms:
         """Returns the arguments of an arm: its own folder and the rate of its polynomials."""
         arguments = copy.copy(self.arguments)
         arguments.output_dir = str(self.output / spec)
+        if arguments.max_steps > 0:
+            arguments.max_steps -= arguments.steps_before(spec)
         arguments.push_to_hub = False  # of every checkpoint; the saved model is pushed at the end
         if arguments.coefficient_learning_rate is None:
             arguments.coefficient_learning_rate = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"][1]
@@ -196,10 +211,17 @@ class Arms:
 
     def calibration_batches(self) -> list[dict[str, Any]]:
         """Returns batches of training rows, the same ones in every process."""
+        return list(islice(self.batches(self.arguments.per_device_eval_batch_size), self.arguments.calibration_batches))
+
+    def training_batches(self) -> list[dict[str, Any]]:
+        """Returns enough batches to align or anneal on, the same ones in every process."""
+        longest = max(self.arguments.align_steps, self.arguments.anneal_steps)
+        return list(islice(self.batches(self.arguments.train_batch_size), longest))
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
         rows = self.task.train.shuffle(seed=self.arguments.seed)
-        loader = DataLoader(rows, batch_size=self.arguments.per_device_eval_batch_size, collate_fn=self.task.collate)
-        batches = islice(loader, self.arguments.calibration_batches)
-        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        for batch in DataLoader(rows, batch_size=size, collate_fn=self.task.collate):
+            yield {name: value for name, value in batch.items() if name != "labels"}
 
     @torch.no_grad()
     def measure(self, model: torch.nn.Module) -> tuple[dict[str, float], Tensor]:
@@ -235,11 +257,11 @@ class Arms:
         for part in (model, self.task.processor):
             part.push_to_hub(repository, token=token, private=private)
 
-    def spent(self, trainer: PolyAttentionTrainer) -> dict[str, int]:
-        """Returns the budget that an arm has used up."""
+    def spent(self, trainer: PolyAttentionTrainer, before: int) -> dict[str, int]:
+        """Returns the budget that an arm has used up: steps and data of fine-tuning, and the steps before it."""
         steps, arguments = trainer.state.global_step, trainer.args
         examples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        spent = {"steps": steps, "examples_at_most": steps * examples}
+        spent = {"steps": steps, "steps_before": before, "examples_at_most": steps * examples}
         return spent | ({"tokens": int(trainer.state.num_input_tokens_seen)} if self.task.unit == "tokens" else {})
 
     def check_output(self) -> None:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_polyattn
+from hf_polyattn.distillation import LEARNING_RATES
 from hf_polyattn.patch import format_table
 
 STAGES = {
@@ -38,11 +39,6 @@ STAGES = {
     "finetuned": "trained to match the softmax model, for as many steps as the column says (0: not needed)",
     "reloaded": "saved, and loaded with plain from_pretrained in a new process",
 }
-
-
-# Of the weights and of the polynomials. An l1 polynomial falls by six orders of magnitude over its interval: where it
-# is small, so are row sums, and a coefficient that moves by 0.002 moves them by many times their value.
-LEARNING_RATES = {"fixed": (1e-4, 2e-3), "l1": (1e-5, 1e-4)}
 
 
 @dataclasses.dataclass

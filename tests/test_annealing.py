@@ -121,10 +121,7 @@ def test_frozen_polynomials_cannot_be_matched(llama: PreTrainedModel, batches: l
 
 def test_annealing_reaches_the_last_rung(llama: PreTrainedModel, batches: list[Batch]) -> None:
     hp.patch_model(llama, "poly3^16-l1")
-    report = hp.anneal(
-        llama, batches, ["poly4-l1", "poly3"], steps=12, tolerance=0.0, lr=5e-4, coefficient_lr=2e-3,
-        layers_at_once=3, progress=False,
-    )  # fmt: skip
+    report = hp.anneal(llama, batches, ["poly4-l1", "poly3"], steps=12, tolerance=0.0, layers_at_once=3, progress=False)
     assert spec_of(llama) == "poly3"
     assert [(rung.spec, rung.steps) for rung in report.rungs] == [("poly4-l1", 12), ("poly3", 12)]
     last = report.rungs[-1]
