@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
@@ -73,6 +74,7 @@ class FinetuningArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
+        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # bf16 asks for it
         super().__post_init__()
         # Each process reads its own rows of a stream: collated batches differ in length and cannot be cut up.
         self.accelerator_config.dispatch_batches = False

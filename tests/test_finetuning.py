@@ -455,7 +455,7 @@ SMALLER = {  # stands in for what the README's examples name
     "uoft-cs/cifar10": "datasets/cifar10",
     "../shared/datasets/zinc": "datasets/zinc",
 }
-SHORTER = "--max_steps 1 --max_train_examples 16 --max_eval_examples 4 --calibration_batches 1 --use_cpu true "
+SHORTER = "--max_steps 1 --max_train_examples 16 --max_eval_examples 4 --calibration_batches 1 "
 SHORTER += "--per_device_train_batch_size 2 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1"
 OWN = {
     "text_classification": "--max_length 16",
