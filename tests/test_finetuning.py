@@ -448,12 +448,12 @@ SMALLER = {  # stands in for what the README's examples name
     "openai-community/gpt2": "checkpoints/gpt2-tinystories-3m",
     "meta-llama/Llama-3.2-1B": "checkpoints/llama-stories260K",
     "google/vit-base-patch16-224": "checkpoints/vit-tiny-patch16-224",
-    "../shared/checkpoints/gpt2-zinc-0.5m": "checkpoints/gpt2-zinc-0.5m",
+    "models/gpt2-zinc": "checkpoints/gpt2-zinc-0.5m",
     "Salesforce/wikitext": "datasets/tinystories",
     "roneneldan/TinyStories": "datasets/tinystories",
     "stanfordnlp/sst2": "datasets/sst2",
     "uoft-cs/cifar10": "datasets/cifar10",
-    "../shared/datasets/zinc": "datasets/zinc",
+    "data/zinc": "datasets/zinc",
 }
 SHORTER = "--max_steps 1 --max_train_examples 16 --max_eval_examples 4 --calibration_batches 1 "
 SHORTER += "--per_device_train_batch_size 2 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1"
