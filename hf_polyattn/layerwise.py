@@ -2,7 +2,8 @@
 
 Softmax runs, so that no layer sees another's errors and no second copy of the model is in memory. Only the polynomials
 (coefficients, centers and key shifts) train. It goes on where calibration in closed form ends, which takes centers and
-key shifts from a regression and the widths from a list.
+key shifts from a regression and the widths from a list. That helps polynomials with a fixed normalizer; those over their
+row sum (l1) are left as calibration made them, for gradient steps made every one of them worse.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from .capture import Observation, observe, take_batches
 from .core import PolyAttention
 from .errors import InputError, PatchError
-from .patch import is_patched, patched_layers
+from .patch import is_patched, patched_layers, spec_of
 
 _EPSILON = 1e-12
 
@@ -33,7 +34,7 @@ def match_layers(
     mean‖² over the positions that are not padding. Under `torch.distributed` the processes average their gradients.
 
     Args:
-        model: patched and calibrated.
+        model: patched and calibrated; layers with l1 keep their polynomials.
         batches: model inputs, see `calibrate`; gone through again when there are fewer than `steps`.
         steps: updates, one batch each.
         lr: peak learning rate.
@@ -44,15 +45,19 @@ def match_layers(
 
     Raises:
         PatchError: the model is not patched.
-        InputError: no steps, no batches, or polynomials that are all frozen.
+        InputError: no steps, no batches, or no polynomial that could train: all of them frozen, or with l1.
     """
     if not is_patched(model):
         raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
-    trained = [p for _, child in patched_layers(model) for p in child.parameters() if p.requires_grad]
+    layers = [child for _, child in patched_layers(model) if matchable(child)]
+    trained = [p for child in layers for p in child.parameters() if p.requires_grad]
     if not trained:
-        raise InputError("every polynomial is frozen (learnable=False); there is nothing to match layers with")
+        raise InputError(
+            f"{spec_of(model)}: no polynomial can be matched, for all are frozen (learnable=False) or divide by their row "
+            "sums (l1), which calibration has fitted already"
+        )
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps))
     taken = take_batches(batches, steps)
@@ -62,6 +67,8 @@ def match_layers(
         terms: list[float] = []
 
         def observer(path: str, child: PolyAttention, seen: Observation, terms: list[float] = terms) -> None:
+            if child not in layers:
+                return
             with torch.enable_grad():
                 loss = _error(child, seen)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -76,6 +83,11 @@ def match_layers(
         losses.append(sum(terms) / len(terms))
         bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
     return tuple(losses)
+
+
+def matchable(child: PolyAttention) -> bool:
+    """Whether `match_layers` trains a polynomial: not if it is frozen or divides by its row sum."""
+    return child.config.learnable and child.config.spec.normalizer != "l1"
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -182,7 +182,7 @@ class Arms:
                 progress=self.main,
             )
         calibration = hf_polyattn.calibrate(model, batches, spec=spec, progress=self.main)
-        if arguments.layer_steps:
+        if arguments.layer_steps and not spec.endswith("l1"):
             hf_polyattn.match_layers(model, batches, steps=arguments.layer_steps, progress=self.main)
         return calibration
 

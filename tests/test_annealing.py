@@ -110,10 +110,22 @@ def test_matching_layers_goes_on_where_calibration_ends(llama: PreTrainedModel, 
     assert all(".polyattn." in name for name in changed)
 
 
-def test_frozen_polynomials_cannot_be_matched(llama: PreTrainedModel, batches: list[Batch]) -> None:
-    hp.patch_model(llama, hp.PolyAttentionConfig("poly3", learnable=False))
-    with pytest.raises(hp.InputError, match="every polynomial is frozen"):
+@pytest.mark.parametrize("config", [hp.PolyAttentionConfig("poly3", learnable=False), "poly3-l1"], ids=["frozen", "l1"])
+def test_polynomials_that_cannot_be_matched_are_named(
+    llama: PreTrainedModel, batches: list[Batch], config: Any
+) -> None:
+    hp.patch_model(llama, config)
+    with pytest.raises(hp.InputError, match=r"poly3.*: no polynomial can be matched"):
         hp.match_layers(llama, batches, steps=1)
+
+
+def test_layers_with_row_sums_are_left_alone(llama: PreTrainedModel, batches: list[Batch]) -> None:
+    hp.patch_model(llama, hp.PolyAttentionConfig("poly3", layer_specs={1: "poly4-l1"}))
+    hp.calibrate(llama, batches, progress=False)
+    before = copy.deepcopy(llama.state_dict())
+    hp.distill(llama, batches, steps=1, layer_steps=2, lr=0.0, progress=False)
+    changed = {name for name, tensor in llama.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[2] for name in changed} == {"0", "2", "3", "4"}
 
 
 # ---------------------------------------------------------------- the ladder
