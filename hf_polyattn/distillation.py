@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError, PatchError
-from .layerwise import matchable, match_layers
+from .layerwise import match_layers, matchable
 from .patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
 from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, rows_of, train
 
@@ -52,8 +52,8 @@ def distill(
 ) -> TrainingReport:
     """Trains a patched model, in place, to match its softmax teacher's hidden states and logits.
 
-    First, for `layer_steps` steps, layer by layer and only the polynomials without l1, see `match_layers`. Then end to end:
-    AdamW with warm-up, then cosine decay to 0. Every parameter that requires a gradient trains, the
+    First, for `layer_steps` steps, layer by layer and only the polynomials without l1, see `match_layers`. Then end to
+    end: AdamW with warm-up, then cosine decay to 0. Every parameter that requires a gradient trains, the
     polynomials too. Dropout stays off, as in the teacher; train or eval mode is restored.
 
     Args:

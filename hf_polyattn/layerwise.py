@@ -2,8 +2,8 @@
 
 Softmax runs, so that no layer sees another's errors and no second copy of the model is in memory. Only the polynomials
 (coefficients, centers and key shifts) train. It goes on where calibration in closed form ends, which takes centers and
-key shifts from a regression and the widths from a list. That helps polynomials with a fixed normalizer; those over their
-row sum (l1) are left as calibration made them, for gradient steps made every one of them worse.
+key shifts from a regression and the widths from a list. That helps polynomials with a fixed normalizer; those over
+their row sum (l1) are left as calibration made them, for gradient steps made models with them worse.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def match_layers(
     trained = [p for child in layers for p in child.parameters() if p.requires_grad]
     if not trained:
         raise InputError(
-            f"{spec_of(model)}: no polynomial can be matched, for all are frozen (learnable=False) or divide by their row "
-            "sums (l1), which calibration has fitted already"
+            f"{spec_of(model)}: no polynomial can be matched, for all are frozen (learnable=False) or divide by their "
+            "row sums (l1), which calibration has fitted already"
         )
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps))

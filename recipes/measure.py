@@ -1,0 +1,168 @@
+"""Measures a converted checkpoint for its card: every arm with every seed, beside the softmax control.
+
+    python recipes/measure.py llama-stories260K --checkpoints ../shared/checkpoints --datasets ../shared/datasets
+
+Rows are in configs/measurements.yaml. Arms that a killed run had finished are not run again. Written are
+model_cards/<row>.json and the card, model_cards/<row>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from runs import write_beside
+
+RECIPES = Path(__file__).resolve().parent
+CARDS = RECIPES.parent / "model_cards"
+CONTROL = "control"
+
+
+def main() -> None:
+    rows = yaml.safe_load((RECIPES / "configs/measurements.yaml").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", choices=rows)
+    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--datasets", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="only these; the card is written when none is missing")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs/measurements"), help="folder of the runs")
+    arguments = parser.parse_args()
+
+    row = rows[arguments.row]
+    for arm in arguments.arms or row["arms"]:
+        for seed in seeds_of(row["arms"][arm], arguments.seeds):
+            run(row, arm, seed, arguments)
+    folders = {
+        arm: [output(arguments, arm, seed) for seed in seeds_of(own, arguments.seeds)]
+        for arm, own in row["arms"].items()
+    }
+    if all((folder / "all_results.json").exists() for own in folders.values() for folder in own):
+        results = {arm: [json.loads((f / "all_results.json").read_text()) for f in own] for arm, own in folders.items()}
+        write(arguments.row, row, results)
+
+
+def seeds_of(arm: Mapping[str, Any], seeds: list[int]) -> list[int]:
+    """Returns the seeds of an arm: one where nothing is trained."""
+    return seeds[: 1 if arm["words"].get("max_steps") == 0 else arm.get("seeds")]
+
+
+def output(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
+    folder: Path = arguments.outputs / arguments.row / f"{arm}-{seed}"
+    return folder
+
+
+def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Runs the recipe for one arm and seed, unless its results are there."""
+    folder = output(arguments, arm, seed)
+    if (folder / "all_results.json").exists():
+        return
+    words = {
+        **row["words"],
+        **row["arms"][arm]["words"],
+        "model": arguments.checkpoints / row["checkpoint"],
+        "dataset": arguments.datasets / row["dataset"],
+        "seed": seed,
+        "output_dir": folder,
+        "save_strategy": "no",
+        "resume": True,
+    }
+    command = [sys.executable, str(RECIPES / f"{row['recipe']}.py")]
+    command += [word for name, value in words.items() for word in (f"--{name}", *str(value).split())]
+    launch(command)
+
+
+def launch(command: list[str]) -> None:
+    """Runs a command in a process of its own, on the CPU."""
+    subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+
+
+def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Writes the JSON and the card of a row."""
+    measures = {arm: [last_stage(result) for result in own] for arm, own in results.items()}
+    summary = {
+        arm: {metric: summarize([one[metric] for one in own]) for metric in own[0]} for arm, own in measures.items()
+    }
+    published = next(iter(results[CONTROL][0]["arms"].values()))["stages"]["softmax"]
+    data = {"row": name, "command": f"python recipes/measure.py {name}", "published": published, "summary": summary}
+    runs = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
+    content = json.dumps({**data, "runs": runs}, indent=1) + "\n"
+    write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
+    text = card(name, row, summary, published, max(map(len, results.values())))
+    write_beside(CARDS / f"{name}.md", lambda path: path.write_text(text))
+    print(text)
+
+
+def last_stage(result: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the measures of the model that was saved."""
+    (arm,) = result["arms"].values()
+    return dict(arm["stages"]["reloaded"])
+
+
+def summarize(values: list[float]) -> dict[str, Any]:
+    return {"mean": fmean(values), "lowest": min(values), "highest": max(values), "seeds": len(values)}
+
+
+def anonymous(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the results of a run without the folders of the machine and the calibration's details of every head."""
+    kept = {key: result[key] for key in ("seed", "device", "versions", "wall_seconds", "peak_memory_mib", "data")}
+    kept["data"] = {key: value for key, value in kept["data"].items() if "dataset" not in key or value is None}
+    wanted = ("stages", "spent", "seconds", "log_history")
+    return {**kept, "arms": {spec: {key: arm[key] for key in wanted} for spec, arm in result["arms"].items()}}
+
+
+def card(
+    name: str, row: Mapping[str, Any], summary: Mapping[str, Any], published: Mapping[str, float], seeds: int
+) -> str:
+    """Returns the text of a card."""
+    metric, goal_for = row["metric"], row.get("goals", {})
+    control = summary[CONTROL][metric]["mean"]
+    lines = [
+        "| arm | " + metric + " | against the control | against the published checkpoint | wanted |",
+        "|---|---|---|---|---|",
+    ]
+    lines.append(f"| softmax, as published | {published[metric]:.4f} | {change(published[metric], control)} | | |")
+    for arm, own in summary.items():
+        value = own[metric]
+        spread = "" if value["seeds"] == 1 else f" ± {(value['highest'] - value['lowest']) / 2:.4f}"
+        against = "" if arm == CONTROL else change(value["mean"], control)
+        to_published = change(value["mean"], published[metric])
+        lines.append(
+            f"| {row['arms'][arm]['title']} | {value['mean']:.4f}{spread} | {against} | {to_published} | "
+            f"{goal_for.get(arm, '')} |"
+        )
+    arms = [f"- **{own['title']}**: `{words(row['words'], own['words'])}`" for own in row["arms"].values()]
+    template = (CARDS / "TEMPLATE.md").read_text()
+    return template.format(
+        name=name,
+        title=row["title"],
+        base_model=row["base_model"],
+        license=row["license"],
+        metric=row["metric_meaning"],
+        seeds=seeds,
+        budget=row["budget"],
+        table="\n".join(lines),
+        remarks=row.get("remarks", "").strip(),
+        arms=f"`recipes/{row['recipe']}.py`, with\n\n" + "\n".join(arms),
+        auto_class=row["auto_class"],
+    )
+
+
+def change(value: float, reference: float) -> str:
+    return f"{100 * (value / reference - 1):+.2f} %"
+
+
+def words(shared: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in {**shared, **own}.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Cards: every arm and seed is run by its recipe, and the card says what the runs wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).resolve().parents[1]
+# The row of the molecules, shortened; what is not named here is as it is measured.
+SHORT = {
+    "max_train_examples": 48, "max_eval_examples": 6, "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 6, "calibration_batches": 2, "logging_steps": 1, "report_to": "none",
+    "disable_tqdm": True, "max_steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """`recipes/measure.py`, whose recipes run in this process and whose cards go to a temporary folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    module = importlib.import_module("measure")
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards/TEMPLATE.md").write_text((ROOT / "model_cards/TEMPLATE.md").read_text())
+    monkeypatch.setattr(module, "CARDS", tmp_path / "cards")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    commands: list[list[str]] = []
+    module.commands = commands  # type: ignore[attr-defined]
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        monkeypatch.setattr(sys, "argv", command[1:])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(Path(command[1]).stem).main()
+
+    monkeypatch.setattr(module, "launch", run)
+    return module
+
+
+def test_card_says_what_the_runs_wrote(
+    measure: Any, shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    row = rows["gpt2-zinc-0.5m"]
+    row["words"] |= SHORT
+    del row["arms"]["normalised"]
+    row["arms"]["paper"]["words"] |= {"align_steps": 1, "layer_steps": 1}
+    monkeypatch.setattr(measure.yaml, "safe_load", lambda text: rows)
+    words = ["--checkpoints", str(shared("checkpoints")), "--datasets", str(shared("datasets")), "--seeds", "0", "1"]
+    words += ["--outputs", str(tmp_path / "runs")]
+    for _ in range(2):  # nothing is run again the second time
+        monkeypatch.setattr(sys, "argv", ["measure.py", "gpt2-zinc-0.5m", *words])
+        measure.main()
+
+    assert len(measure.commands) == 2 * 3 + 1  # the arm that is not trained has one seed
+    written = json.loads((tmp_path / "cards/gpt2-zinc-0.5m.json").read_text())
+    card = (tmp_path / "cards/gpt2-zinc-0.5m.md").read_text()
+    for arm, own in written["summary"].items():
+        values = [next(iter(run["arms"].values()))["stages"]["reloaded"]["nll"] for run in written["runs"][arm]]
+        assert own["nll"]["mean"] == pytest.approx(sum(values) / len(values))
+        assert f"| {own['nll']['mean']:.4f}" in card
+    lossless, bare = (written["summary"][arm]["nll"]["mean"] for arm in ("lossless", "bare"))
+    assert lossless == pytest.approx(written["published"]["nll"], rel=1e-3)
+    assert bare > 2.0 * lossless
+    paper = next(iter(written["runs"]["paper"][0]["arms"].values()))
+    assert paper["spent"]["steps_before"] + paper["spent"]["steps"] == 3
+    assert "{" not in card.replace("{#", "")
+    for folder in (shared("checkpoints"), tmp_path):
+        assert str(folder) not in card + json.dumps(written)
+
+
+def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
+    """The committed cards are those that the committed results make."""
+    rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    cards = sorted((ROOT / "model_cards").glob("*.json"))
+    assert cards
+    for file in cards:
+        data = json.loads(file.read_text())
+        seeds = max(map(len, data["runs"].values()))
+        text = measure.card(file.stem, rows[file.stem], data["summary"], data["published"], seeds)
+        assert file.with_suffix(".md").read_text() == text
