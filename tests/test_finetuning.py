@@ -97,7 +97,8 @@ def test_every_arm_has_all_its_stages_and_the_same_budget(told: tuple[Path, dict
     assert list(arms) == ["softmax", "poly6-l1", "poly3"]
     assert list(arms["softmax"]["stages"]) == ["softmax", "finetuned", "reloaded"]
     assert list(arms["poly3"]["stages"]) == ["softmax", "patched", "calibrated", "finetuned", "reloaded"]
-    assert all(arm["spent"] == {"steps": 4, "examples_at_most": 16, "tokens": 4 * 4 * 64} for arm in arms.values())
+    spent = {"steps": 4, "steps_before": 0, "examples_at_most": 16, "tokens": 4 * 4 * 64}
+    assert all(arm["spent"] == spent for arm in arms.values())
     assert all(len(losses(arm)) == 4 for arm in arms.values())
     assert {"model", "data", "arguments", "device", "versions", "wall_seconds"} < set(results)
     assert all((output / spec / "model" / "model.safetensors").exists() for spec in arms)
@@ -117,6 +118,17 @@ def test_training_changes_the_model_and_saving_does_not(told: tuple[Path, dict[s
         assert arm["reload_is_equal"]
         assert stages["reloaded"] == stages["finetuned"]
         assert stages["finetuned"] != stages.get("calibrated", stages["softmax"])
+
+
+def test_alignment_and_annealing_are_part_of_the_budget(run: Run, stories: list[str], tmp_path: Path) -> None:
+    words = "--spec softmax poly3-l1 poly3 --max_steps 6 --align_steps 3 --layer_steps 2 --anneal poly6-l1 "
+    words += "--anneal_steps 2 --per_device_train_batch_size 4"
+    results = run("causal_lm", tmp_path / "run", *stories, *words.split())
+    spent = {spec: (arm["spent"]["steps_before"], arm["spent"]["steps"]) for spec, arm in results["arms"].items()}
+    assert spent == {"softmax": (0, 6), "poly3-l1": (2, 4), "poly3": (5, 1)}
+    assert all(arm["reload_is_equal"] for arm in results["arms"].values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/poly3/model")
+    assert {str(layer.config.spec) for _, layer in patched_layers(model)} == {"poly3"}
 
 
 def test_arms_can_be_compared_in_the_table(told: tuple[Path, dict[str, Any]], run: Run) -> None:
@@ -297,7 +309,7 @@ def test_images_of_another_size_and_labels_are_trained_on(
     results = run("image_classification", tmp_path, *words.split())
     arm = results["arms"]["poly3"]
     assert arm["reload_is_equal"]
-    assert arm["spent"] == {"steps": 2, "examples_at_most": 8}
+    assert arm["spent"] == {"steps": 2, "steps_before": 0, "examples_at_most": 8}
     config = json.loads((tmp_path / "poly3/model/config.json").read_text())
     assert len(config["id2label"]) == 10
     processor = json.loads((tmp_path / "poly3/model/preprocessor_config.json").read_text())
@@ -351,7 +363,9 @@ BAD = {
     "less-than-a-block": ("--max_eval_examples 0", "less than one block"),
     "endless-stream": ("--streaming --max_steps -1", "set --max_steps"),
     "unknown-polynomial": ("--spec poly9", "poly9"),
-    "ladder-that-is-not-there": ("--anneal poly3-l1", "anneal"),
+    "ladder-beyond-the-budget": ("--anneal poly3-l1", "are part of the budget: set --max_steps, now 1, to 100 or more"),
+    "ladder-to-a-bare-monomial": ("--adapt none --align_steps 1", "do not go with --adapt none"),
+    "ladder-with-adapters": ("--lora_rank 2 --align_steps 1", "do not go with --lora_rank"),
     "no-model": ("--model ../shared/nowhere", "nowhere"),
 }
 
