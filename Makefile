@@ -49,7 +49,7 @@ format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.done
-	$(BIN)/python -m hf_polyattn.bench --output outputs/bench
+	$(BIN)/python -m hf_polyattn bench --output outputs/bench
 
 clean:
 	rm -rf $(VENV) .cache outputs build *.egg-info

@@ -1,6 +1,6 @@
 """Times polynomial attention next to softmax attention on this machine; every timed case is verified first.
 
-    polyattn bench --device cpu --output outputs/bench     # or python -m hf_polyattn.bench
+    polyattn bench --device cpu --output outputs/bench     # or python -m hf_polyattn bench
 
 Only ratios of times measured in turns in one run mean something: speedup = the fastest softmax's median / ours. Softmax
 is `torch.nn.functional.scaled_dot_product_attention` as PyTorch dispatches it by default and, on a GPU, its cuDNN
@@ -10,10 +10,8 @@ products can pass: what its multiplications take at the rate of one large matrix
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -29,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .errors import PolyAttnError
-from .ops import BACKENDS, polynomial_attention
+from .errors import InputError, PolyAttnError
+from .files import written_beside
+from .ops import polynomial_attention
 from .patch import format_table, patch_model
 from .spec import PolyAttentionConfig, Polynomial
 
@@ -491,43 +490,48 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of the command line."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="+", help="default: bfloat16, and float32 on a CPU")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder of bench.json and bench.png")
-    parser.add_argument("--tune", action="store_true", help="write a table of the fastest Triton configurations first")
+def run(
+    device: str | None, dtypes: list[str] | None, backend: str, repeats: int, output: Path, *, tune: bool = False
+) -> None:
+    """Runs the benchmark, prints its tables and writes `bench.json` and, with matplotlib, `bench.png`.
 
+    Args:
+        device: cpu or cuda; None takes a GPU if there is one.
+        dtypes: names of `DTYPES`; None takes bfloat16, and float32 on a CPU.
+        backend: of the operator.
+        repeats: runs of which the median is taken.
+        output: folder of the files.
+        tune: write a table of the fastest Triton configurations first.
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the benchmark and writes `bench.json` and, with matplotlib, `bench.png`."""
-    device = _device_name(arguments.device)
-    if arguments.tune:
-        from .ops.tune import tune
+    Raises:
+        InputError: the device is neither.
+        VerificationError: a case is wrong.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in CASES:
+        raise InputError(f"device must be one of {[*CASES]}, got {device!r}")
+    if tune:
+        from .ops.tune import tune as write_table
 
-        print(f"written: {tune(torch.device(arguments.device), device)}")
-    names = arguments.dtype or (["bfloat16"] if arguments.device == "cuda" else ["bfloat16", "float32"])
-    dtypes = [DTYPES[name] for name in names]
+        print(f"written: {write_table(torch.device(device), _device_name(device))}")
+    kinds = [DTYPES[name] for name in dtypes or (["bfloat16"] if device == "cuda" else ["bfloat16", "float32"])]
     results: dict[str, Any] = {
-        "device": device,
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "backend": arguments.backend,
-        "repeats": arguments.repeats,
+        "backend": backend,
+        "repeats": repeats,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "matmul_gflops": {_name(dtype): round(_matmul_rate(arguments.device, dtype), 1) for dtype in dtypes},
-        "rows": _joined(bench(arguments.device, dtype, arguments.backend, arguments.repeats) for dtype in dtypes),
-        "models": _joined(models(arguments.device, dtype, arguments.repeats) for dtype in dtypes),
-        "memory": [memory(arguments.device, dtype, arguments.backend) for dtype in dtypes],
+        "matmul_gflops": {_name(dtype): round(_matmul_rate(device, dtype), 1) for dtype in kinds},
+        "rows": _joined(bench(device, dtype, backend, repeats) for dtype in kinds),
+        "models": _joined(models(device, dtype, repeats) for dtype in kinds),
+        "memory": [memory(device, dtype, backend) for dtype in kinds],
     }
     print(tables(results))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    partial_file = arguments.output / ".bench.json.partial"
-    partial_file.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial_file, arguments.output / "bench.json")
+    with written_beside(output / "bench.json") as partial_file:
+        partial_file.write_text(json.dumps(results, indent=1) + "\n")
     try:
-        plot(results, arguments.output / "bench.png")
+        plot(results, output / "bench.png")
     except ImportError:
         print("bench.png needs matplotlib: pip install matplotlib")
 
@@ -543,14 +547,3 @@ def _device_name(device: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     return f"{model or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def main() -> None:
-    """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,31 +1,209 @@
-"""The command line: `polyattn bench` and `polyattn build`."""
+"""The command line: `polyattn describe`, `patch`, `calibrate`, `diagnose`, `push`, `bench` and `build`.
+
+Models are local folders or Hub ids, data sets too; a saved model is whole or absent.
+"""
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
-from . import bench
-from .errors import PolyAttnError
-from .ops import build
+import typer
+
+from .errors import InputError, PolyAttnError
+from .files import written_beside
+from .ops import BACKENDS
+
+app = typer.Typer(
+    name="polyattn",
+    help="Polynomial attention for pretrained Transformers: patch, calibrate, look at and share models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of the model.")]
+Output = Annotated[Path, typer.Argument(help="Folder to save the model to; replaced if it is there.")]
+Spec = Annotated[str, typer.Option(help="The polynomial, for example poly3, poly6-l1 or poly3^16-l1.")]
+Data = Annotated[
+    str, typer.Option(help="Data set: a Hub name, a folder, or a .parquet, .csv, .json, .jsonl or .txt file.")
+]
+Config = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+Column = Annotated[str | None, typer.Option(help="Column of texts or images; default: the first that can be one.")]
+Batches = Annotated[int, typer.Option(min=1, help="How many batches to use.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Longer texts are cut to so many tokens.")]
+Device = Annotated[str | None, typer.Option(help="Where to run; default: a GPU if there is one.")]
+
+
+class Dtype(StrEnum):
+    """Of what is timed."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def describe(model: Model) -> None:
+    """Print every attention module of a model: its heads, and its polynomial, or why it cannot have one."""
+    from .examples import load_model
+    from .patch import describe as describe_model
+
+    typer.echo(describe_model(load_model(model, "cpu")))
+
+
+@app.command()
+def patch(
+    model: Model,
+    output: Output,
+    data: Data,
+    spec: Spec = "poly6-l1",
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Choose the cheapest spec for each layer that keeps this quality, 1 is softmax."),
+    ] = None,
+    config: Config = None,
+    split: Split = "train",
+    column: Column = None,
+    batches: Batches = 16,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 256,
+    device: Device = None,
+) -> None:
+    """Load a softmax model, make its attention polynomial, calibrate it on a data set, and save it."""
+    from .calibration import calibrate as calibrate_model
+    from .conversion import convert
+    from .examples import load_model, load_processor, read_batches
+    from .patch import patch_model
+
+    loaded = load_model(model, device)
+    processor = load_processor(model, loaded)
+    patch_model(loaded, spec)
+    taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
+    if floor is None:
+        typer.echo(calibrate_model(loaded, taken, max_batches=None))
+    else:
+        typer.echo(convert(loaded, taken, floor=floor, max_batches=batches))
+    _save(loaded, processor, output)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Output,
+    data: Data,
+    spec: Annotated[str | None, typer.Option(help="Another polynomial to change to; default: the model's.")] = None,
+    config: Config = None,
+    split: Split = "train",
+    column: Column = None,
+    batches: Batches = 16,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 256,
+    device: Device = None,
+) -> None:
+    """Calibrate a polynomial model again, on other data or to another polynomial, and save it."""
+    from .calibration import calibrate as calibrate_model
+    from .examples import load_model, load_processor, read_batches
+
+    loaded = load_model(model, device)
+    processor = load_processor(model, loaded)
+    taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
+    typer.echo(calibrate_model(loaded, taken, spec=spec, max_batches=None))
+    _save(loaded, processor, output)
+
+
+@app.command()
+def diagnose(
+    model: Model,
+    data: Data,
+    output: Annotated[Path | None, typer.Option(help="Folder for diagnosis.json and diagnosis.png.")] = None,
+    config: Config = None,
+    split: Split = "train",
+    column: Column = None,
+    batches: Batches = 8,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 256,
+    device: Device = None,
+) -> None:
+    """Print how the attention of a polynomial model compares with softmax's on a data set: norms, scores, NaNs."""
+    from .diagnosis import diagnose as diagnose_model
+    from .examples import load_model, load_processor, read_batches
+
+    loaded = load_model(model, device)
+    processor = load_processor(model, loaded)
+    taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
+    found = diagnose_model(loaded, taken, max_batches=batches)
+    typer.echo(found)
+    if output is not None:
+        with written_beside(output / "diagnosis.json") as partial:
+            partial.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        found.plot(output / "diagnosis.png")
+        typer.echo(f"written to {output}: diagnosis.json and diagnosis.png")
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved polynomial model.")],
+    repository: Annotated[str, typer.Argument(help="Hub id to push to, for example me/bert-poly6.")],
+    private: Annotated[bool, typer.Option(help="Make the repository private if it is new.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to push to; default: main.")] = None,
+) -> None:
+    """Upload a saved polynomial model to the Hub, as the user who is logged in."""
+    from .examples import load_model, load_processor
+    from .patch import is_patched
+
+    loaded = load_model(str(model), "cpu")
+    if not is_patched(loaded):
+        raise InputError(f"{model} is a softmax model; `polyattn patch {model} OUTPUT --data …` makes it polynomial")
+    for part in (loaded, load_processor(str(model), loaded)):
+        if part is not None:
+            part.push_to_hub(repository, private=private, revision=branch)
+    typer.echo(f"pushed to {repository}")
+
+
+@app.command()
+def bench(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: bfloat16, and float32 on a CPU.")] = None,
+    backend: Annotated[str, typer.Option(help=f"Of the operator: auto, {', '.join(BACKENDS)}.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 7,
+    output: Annotated[Path, typer.Option(help="Folder of bench.json and bench.png.")] = Path("outputs/bench"),
+    tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
+) -> None:
+    """Verify polynomial attention and time it next to softmax on this machine."""
+    from .bench import run
+    from .ops.backends import check_name
+
+    names = None if dtype is None else [str(name) for name in dtype]
+    check_name(backend)
+    run(device, names, backend, repeats, output, tune=tune)
+
+
+@app.command()
+def build() -> None:
+    """Compile the CPU kernels now instead of at first use."""
+    from .ops.build import build as build_kernels
+
+    typer.echo(build_kernels())
+
+
+def _save(model: Any, processor: Any, output: Path) -> None:
+    with written_beside(output) as partial:
+        model.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
+    typer.echo(f"saved to {output}; it loads with from_pretrained after `import hf_polyattn`")
 
 
 def main() -> None:
     """Runs `polyattn`; an error of the package ends it with its message and status 1."""
-    parser = argparse.ArgumentParser(prog="polyattn", description="Polynomial attention for pretrained Transformers.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    timing = commands.add_parser(
-        "bench", help="time polynomial attention next to softmax on this machine", description=bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    bench.add_arguments(timing)
-    commands.add_parser("build", help="compile the CPU kernels now instead of at first use")
-    arguments = parser.parse_args()
     try:
-        if arguments.command == "bench":
-            bench.run(arguments)
-        else:
-            print(build.build())
+        app()
     except PolyAttnError as error:
         sys.exit(f"polyattn: {error}")
 

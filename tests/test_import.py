@@ -160,11 +160,11 @@ FLOORS = {
     2: {"core"},
     3: {"attention", "families", "masking", "patch"},
     4: {"capture", "fitting", "inspection", "training"},
-    5: {"bench", "calibration", "diagnosis", "hub", "layerwise", "monitor", "quality"},
+    5: {"bench", "calibration", "diagnosis", "examples", "hub", "layerwise", "monitor", "quality"},
     6: {"distillation"},
     7: {"alignment", "annealing", "conversion"},
     8: {"_activation", "callback", "cli"},
-    9: {"__init__"},
+    9: {"__init__", "__main__"},
 }
 SHARING_A_FLOOR = {0, 1, 3}  # where modules may import their neighbours
 ALLOWED_PACKAGES = {
@@ -173,7 +173,8 @@ ALLOWED_PACKAGES = {
     2: {"torch"},
     3: {"torch", "transformers"},
     4: {"torch", "transformers", "tqdm", "numpy"},
-    **{floor: {"torch", "transformers", "tqdm", "numpy", "safetensors"} for floor in (5, 6, 7, 8)},
+    **{floor: {"torch", "transformers", "tqdm", "numpy", "safetensors"} for floor in (5, 6, 7)},
+    8: {"torch", "transformers", "typer"},
     9: set[str](),
 }
 

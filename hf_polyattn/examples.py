@@ -1,0 +1,111 @@
+"""Models, processors and batches by name, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .errors import InputError
+from .patch import pretrained_model
+
+FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+
+
+def load_model(name: str, device: str | None) -> Any:
+    """Returns a model in eval mode, with the head that its config names.
+
+    Args:
+        name: folder or Hub id.
+        device: where to; None takes a GPU if there is one.
+
+    Raises:
+        InputError: there is no such model, or Transformers does not know its class.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {name!r}: {error}") from error
+    architecture = (config.architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise InputError(f"{name!r} is a {architecture}, which this version of Transformers does not have")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: nn.Module = model_class.from_pretrained(name).to(device)
+    return model.eval()
+
+
+def load_processor(name: str, model: Any) -> Any:
+    """Returns the tokenizer or image processor that is saved beside a model; None if there is none."""
+    images = pretrained_model(model).main_input_name == "pixel_values"
+    kind: Any = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_batches(
+    processor: Any, data: str, config: str | None, split: str, column: str | None, count: int, size: int, length: int
+) -> list[dict[str, Any]]:
+    """Returns the first batches of a data set as model inputs.
+
+    Args:
+        processor: a tokenizer or an image processor.
+        data: Hub name, folder or file.
+        config: configuration of the data set.
+        split: of the data set.
+        column: of texts or images; None takes the first that holds such.
+        count: batches at most.
+        size: examples in a batch.
+        length: tokens that a text is cut to.
+
+    Raises:
+        InputError: no processor, no `datasets`, or no such data set, split or column.
+    """
+    if processor is None:
+        raise InputError("the model has neither a tokenizer nor an image processor beside it; save it with one")
+    rows = _rows(data, config, split)
+    text = isinstance(processor, transformers.PreTrainedTokenizerBase)
+    names = [column] if column is not None else list(rows.column_names)
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        raise InputError(f"{data} has no column {missing[0]!r}; it has {rows.column_names}")
+    chosen = next((name for name in names if len(rows) and _fits(rows[0][name], text)), None)
+    if chosen is None:
+        wanted = "texts" if text else "images"
+        raise InputError(f"{data}, split {split!r}, has no {wanted} in {names}; it has {len(rows)} rows, set --column")
+    if text and processor.pad_token is None:
+        processor.pad_token = processor.eos_token
+    batches = []
+    for start in range(0, min(len(rows), count * size), size):
+        part = rows[start : start + size][chosen]
+        if text:
+            limit = min(length, getattr(processor, "model_max_length", length))
+            batch = processor(part, return_tensors="pt", padding=True, truncation=True, max_length=limit)
+            batches.append({name: batch[name] for name in ("input_ids", "attention_mask")})
+        else:
+            batches.append(dict(processor([image.convert("RGB") for image in part], return_tensors="pt")))
+    return batches
+
+
+def _rows(data: str, config: str | None, split: str) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError("reading data needs the package datasets: pip install 'hf_polyattn[recipes]'") from None
+    kind = FILE_FORMATS.get(Path(data).suffix)
+    try:
+        if kind is not None:
+            return load_dataset(kind, data_files={split: data}, split=split)
+        return load_dataset(data, config, split=split)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read split {split!r} of {data!r}: {error}") from error
+
+
+def _fits(value: Any, text: bool) -> bool:
+    return isinstance(value, str) if text else hasattr(value, "convert")
