@@ -50,6 +50,9 @@ class FinetuningArguments(TrainingArguments):
     teacher: str | None = dataclasses.field(
         default=None, metadata={"help": "softmax teacher, for example a fine-tuned control; default: the checkpoint"}
     )
+    dropout: float | None = dataclasses.field(
+        default=None, metadata={"help": "of all layers while training; default: the checkpoint's"}
+    )
     lora_rank: int = dataclasses.field(default=0, metadata={"help": "train LoRA adapters and polynomials; 0: all"})
     lora_alpha: int = dataclasses.field(default=16, metadata={"help": "scale of the adapters, times their rank"})
     lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "before the adapters"})
@@ -111,7 +114,7 @@ class FinetuningArguments(TrainingArguments):
         """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
         names = (
             *("model", "dtype", "adapt", "calibration_batches", "anneal", "anneal_steps", "align_steps", "layer_steps"),
-            *("distill_weight", "teacher"),
+            *("distill_weight", "teacher", "dropout"),
             *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "coefficient_learning_rate"),
             *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
             *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16"),

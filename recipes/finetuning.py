@@ -108,6 +108,8 @@ class Arms:
                 calibration = self.adapt(model, spec)
             stages["calibrated"], _ = self.measure(model)
 
+        if arguments.dropout is not None:
+            set_dropout(model, arguments.dropout)
         cached = model.config.use_cache if "use_cache" in model.config.to_dict() else None
         if arguments.lora_rank > 0:
             set_seed(arguments.seed)
@@ -292,6 +294,22 @@ class Arms:
         if self.main:
             write_beside(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
         self.accelerator.wait_for_everyone()
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets the dropout of every layer; the config, and so the saved model, keeps its own.
+
+    Raises:
+        InputError: not a probability.
+    """
+    if not 0.0 <= probability < 1.0:
+        raise InputError(f"--dropout must be at least 0 and less than 1, got {probability}")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "dropout_prob"):  # numbers that attention modules hand on
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
 
 
 def add_adapters(model: PreTrainedModel, arguments: FinetuningArguments, new_modules: tuple[str, ...]) -> Any:

@@ -139,7 +139,7 @@ def card(
             f"| {row['arms'][arm]['title']} | {value['mean']:.4f}{spread} | {against} | {to_published} | "
             f"{goal_for.get(arm, '')} |"
         )
-    arms = [f"- **{own['title']}**: `{words(row['words'], own['words'])}`" for own in row["arms"].values()]
+    arms = [f"- {own['title']}: `{words(own['words'])}`" for own in row["arms"].values()]
     template = (CARDS / "TEMPLATE.md").read_text()
     return template.format(
         name=name,
@@ -150,8 +150,8 @@ def card(
         seeds=seeds,
         budget=row["budget"],
         table="\n".join(lines),
-        remarks=row.get("remarks", "").strip(),
-        arms=f"`recipes/{row['recipe']}.py`, with\n\n" + "\n".join(arms),
+        remarks=row["remarks"].strip(),
+        arms=f"`recipes/{row['recipe']}.py`, all arms with `{words(row['words'])}`, and\n\n" + "\n".join(arms),
         auto_class=row["auto_class"],
     )
 
@@ -160,8 +160,8 @@ def change(value: float, reference: float) -> str:
     return f"{100 * (value / reference - 1):+.2f} %"
 
 
-def words(shared: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    return " ".join(f"--{name} {value}" for name, value in {**shared, **own}.items())
+def words(values: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 if __name__ == "__main__":

@@ -131,6 +131,18 @@ def test_alignment_and_annealing_are_part_of_the_budget(run: Run, stories: list[
     assert {str(layer.config.spec) for _, layer in patched_layers(model)} == {"poly3"}
 
 
+def test_dropout_is_that_of_the_run_and_not_saved(run: Run, molecules: list[str], tmp_path: Path) -> None:
+    words = ["--spec", "poly3", "--max_steps", "2", "--per_device_train_batch_size", "4", "--seed", "1"]
+    arms = {}
+    for name, dropout in (("own", []), ("none", ["--dropout", "0"]), ("again", ["--dropout", "0"])):
+        arms[name] = losses(run("causal_lm", tmp_path / name, *molecules, *words, *dropout)["arms"]["poly3"])
+    assert arms["none"] == arms["again"] != arms["own"]
+    config = json.loads((tmp_path / "none/poly3/model/config.json").read_text())
+    assert config["attn_pdrop"] == config["resid_pdrop"] == 0.1
+    with pytest.raises(SystemExit, match="error: --dropout must be at least 0 and less than 1, got 2"):
+        run("causal_lm", tmp_path / "two", *molecules, *words, "--dropout", "2")
+
+
 def test_arms_can_be_compared_in_the_table(told: tuple[Path, dict[str, Any]], run: Run) -> None:
     results = told[1]
     rows = importlib.import_module("comparison").render(results, {"nll": "", "perplexity": ""}).splitlines()
