@@ -132,7 +132,9 @@ def card(
     lines.append(f"| softmax, as published | {published[metric]:.4f} | {change(published[metric], control)} | | |")
     for arm, own in summary.items():
         value = own[metric]
-        spread = "" if value["seeds"] == 1 else f" ± {(value['highest'] - value['lowest']) / 2:.4f}"
+        spread = f" ± {(value['highest'] - value['lowest']) / 2:.4f}"
+        if value["seeds"] == 1:
+            spread = "" if row["arms"][arm]["words"].get("max_steps") == 0 else " (one seed)"
         against = "" if arm == CONTROL else change(value["mean"], control)
         to_published = change(value["mean"], published[metric])
         lines.append(
