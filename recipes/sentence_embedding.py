@@ -27,8 +27,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreT
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_polyattn import InputError
-
-FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+from hf_polyattn.examples import FILE_FORMATS
 
 
 @dataclasses.dataclass

@@ -10,8 +10,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
 
 from hf_polyattn import InputError
-
-FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+from hf_polyattn.examples import FILE_FORMATS
 
 Rows = Dataset | IterableDataset
 
