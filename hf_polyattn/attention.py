@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .core import CHILD_NAME
 from .errors import UnsupportedArgumentError
-from .masking import dense_mask, polyattn_mask, split_mask
+from .masking import dense_mask, packed_mask, polyattn_mask, split_mask
 
 IMPLEMENTATION = "polyattn"
 
@@ -44,7 +44,8 @@ def polyattn_forward(
         attention_mask: None; bool (True = visible) or additive, broadcastable to (B, H, Tq, Tk); or a `RangeMask`.
         **kwargs: what the model passes. Honoured are `scaling` of the scores (D^(-1/2) if None), `dropout` of
             the attention weights, `is_causal` (overrides `module.is_causal`; effective without a mask and for
-            Tq > 1), `sliding_window` (where is_causal is; a mask carries its own) and `output_attentions`.
+            Tq > 1), `sliding_window` (where is_causal is; a mask carries its own), `output_attentions`, and
+            `cu_seq_lens_q` with `cu_seq_lens_k`, the borders of packed sequences.
 
     Returns:
         Output (B, Tq, H, Dv) contiguous, and the weights (B, H, Tq, Tk) if they are asked for.
@@ -53,6 +54,12 @@ def polyattn_forward(
         UnsupportedArgumentError: an argument that polynomial attention cannot honour.
         InputError: an additive mask with a position bias in it.
     """
+    borders = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
+    causal = _causal(module, query, attention_mask, kwargs)
+    window = kwargs.get("sliding_window") if causal else None
+    if any(border is not None for border in borders):
+        attention_mask = packed_mask(attention_mask, borders, query, key, causal, window)
+        causal, window = False, None
     polynomial: Any = module._modules.get(CHILD_NAME)
     if polynomial is None:
         return softmax_forward(module, query, key, value, attention_mask, **kwargs)
@@ -65,14 +72,13 @@ def polyattn_forward(
         )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries that SDPA broadcasts over the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    causal = _causal(module, query, attention_mask, kwargs)
     if polynomial.observer is not None:
         attention_mask = dense_mask(attention_mask)
     mask, ranges = split_mask(attention_mask)
     arguments: dict[str, Any] = {
         "mask": mask,
         "causal": causal,
-        "window": kwargs.get("sliding_window") if causal else None,
+        "window": window,
         "scaling": kwargs.get("scaling"),
     }
     if polynomial.observer is not None:

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.utils import is_tracing
 
-from .errors import InputError
-from .ops.masks import within
+from .errors import InputError, UnsupportedArgumentError
+from .ops.masks import packed_ranges, within
 
 # Additive masks hold 0 where a score is visible and a large negative number where it is not: -1e4, which
 # bfloat16 rounds to -9984, or less.
@@ -213,6 +213,53 @@ def _pattern(function: Callable[..., Any]) -> tuple[float, float, Tensor | None]
             return None
         return min(p[0] for p in known), min(p[1] for p in known), packed[0] if packed else None
     return None
+
+
+def packed_mask(
+    mask: Tensor | None,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Returns a mask that also keeps packed sequences apart, whose borders the caller of a model passes.
+
+    `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes such batches. FlashAttention reads the borders;
+    SDPA ignores them, and there one sequence sees the next unless Transformers reads them off the position ids.
+
+    Args:
+        mask: (B or 1, 1 or H, T, T) of the model, bool or additive; None where `causal` says all.
+        cu_seqlens: `cu_seq_lens_q` and `cu_seq_lens_k`, int (sequences + 1), where each sequence starts, and the end.
+        query: (1, H, T, D).
+        key: (1, G, T, D).
+        causal: whether query i sees keys up to i only.
+        window: of those, only the last so many.
+
+    Raises:
+        UnsupportedArgumentError: borders of queries and keys that differ, more than one row, or a cache.
+    """
+    (of_queries, of_keys), (batch, _, q_len, _), k_len = cu_seqlens, query.shape, key.shape[2]
+    if of_queries is None or of_keys is None or of_queries.shape != of_keys.shape or batch != 1 or q_len != k_len:
+        raise UnsupportedArgumentError(
+            "cu_seq_lens_q and cu_seq_lens_k are for self-attention over one row of packed sequences, without a cache: "
+            f"got {batch} rows of {q_len} queries and {k_len} keys, and borders "
+            f"{[None if borders is None else tuple(borders.shape) for borders in cu_seqlens]}."
+        )
+    start, stop = packed_ranges(of_keys, k_len).unbind(-1)
+    after = torch.arange(1, k_len + 1).to(start)
+    if causal:
+        stop = torch.minimum(stop, after)
+    if window is not None:
+        start = torch.maximum(start, after - window)
+    if isinstance(mask, RangeMask) and mask.ranges is not None:
+        start, stop = torch.maximum(start, mask.ranges[..., 0]), torch.minimum(stop, mask.ranges[..., 1])
+        mask = None
+    ranges = torch.stack([start, torch.maximum(start, stop)], dim=-1)
+    if mask is None and not is_tracing(query):
+        return RangeMask(ranges, q_len, k_len)
+    apart = within(ranges, slice(0, k_len))
+    return apart if mask is None else visible_scores(mask) & apart
 
 
 def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

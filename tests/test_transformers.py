@@ -17,6 +17,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorWithFlattening,
     DynamicCache,
     Gemma2Config,
     Gemma2Model,
@@ -325,6 +326,57 @@ def test_packed_sequences_equal_separate_ones(name: str, double: Any, batch: Any
     separate = torch.cat([output(model, input_ids=part) for part in parts], dim=1)
     assert same(name, together, separate)
     assert not same(name, output(model, input_ids=ids, use_cache=False), separate)
+
+
+@decoders
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all-layers", "one-softmax"])
+def test_flattened_batches_equal_separate_ones_with_a_cache_too(
+    name: str, layers: Any, double: Any, batch: Any
+) -> None:
+    config = None if layers is None else hp.PolyAttentionConfig("poly3", layers=layers, interval=True, clamp=True)
+    model, ids = double(name, config), batch(name, count=1, length=20)["input_ids"]
+    parts = ids.split([8, 12], dim=1)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    flat = collator([{"input_ids": part[0]} for part in parts])
+    del flat["labels"]
+    separate = torch.cat([output(model, input_ids=part) for part in parts], dim=1)
+    assert same(name, output(model, **flat, use_cache=True), separate)
+    assert same(name, output(model, **flat, use_cache=False), separate)
+    borderless = {key: value for key, value in flat.items() if not key.startswith("cu_seq")}
+    assert not same(name, output(model, **borderless, use_cache=True), separate)
+
+
+@pytest.mark.parametrize("padding", ["none", "2d", "additive"])
+def test_borders_of_packed_sequences_join_windows_and_masks(padding: str, mistral: Any, polynomial: Any) -> None:
+    model = polynomial(copy.deepcopy(mistral)).double()
+    ids, borders = torch.arange(3, 23)[None], torch.tensor([0, 8, 20], dtype=torch.int32)
+    masks = {"none": None, "2d": torch.ones_like(ids), "additive": torch.zeros(1, 1, 20, 20, dtype=torch.double)}
+    masks["2d"][:, 17:] = 0
+    masks["additive"].masked_fill_(~torch.ones(20, 20).bool().tril(), torch.finfo(torch.double).min)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    together = output(
+        model, input_ids=ids, attention_mask=masks[padding], position_ids=positions,
+        cu_seq_lens_q=borders, cu_seq_lens_k=borders,
+    )  # fmt: skip
+    rows = slice(0, 17 if padding == "2d" else 20)
+    slices = {"2d": None, "none": None, "additive": masks["additive"]}[padding]
+    separate = torch.cat(
+        [
+            output(model, input_ids=part, attention_mask=None if slices is None else slices[:, :, :n, :n])
+            for part, n in zip(ids.split([8, 12], dim=1), (8, 12), strict=True)
+        ],
+        dim=1,
+    )
+    assert same("mistral", together[:, rows], separate[:, rows])
+
+
+def test_borders_that_cannot_be_honoured_are_refused(double: Any, batch: Any) -> None:
+    model, inputs = double("llama"), batch("llama", count=2)
+    borders = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(hp.UnsupportedArgumentError, match="2 rows of"):
+        model(**inputs, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
+    with pytest.raises(hp.UnsupportedArgumentError, match="one row of packed sequences"):
+        model(input_ids=inputs["input_ids"][:1], cu_seq_lens_q=borders)
 
 
 # ---------------------------------------------------------------- mixed layers
