@@ -252,6 +252,18 @@ def layout_difference(backend: str, layout: str, tensors: list[Tensor]) -> float
     return max(float((results[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
 
 
+def check_layout_of_gradients(backend: str, dtype: torch.dtype) -> None:
+    """Gradients lie in memory as their operands do, tokens outside of heads or inside, and are the same numbers."""
+    token_major = operands((2, 4, 2, 5, 20), head_dim=16, value_dim=16, dtype=dtype)
+    head_major = [tensor.detach().contiguous() for tensor in token_major]
+    found = [outputs_and_gradients(tensors, backend=backend) for tensors in (token_major, head_major)]
+    for place, name in enumerate(("query", "key", "value")):
+        assert token_major[place].stride() != head_major[place].stride()
+        for tensors, results in zip((token_major, head_major), found, strict=True):
+            assert results[name].stride() == tensors[place].stride(), name
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
 def check_library_contract(arguments: Sequence[Any]) -> None:
     """The operator and its backward, called with the arguments of `library.attention`, pass `opcheck`."""
     torch.library.opcheck(library.attention, tuple(arguments))

@@ -21,6 +21,7 @@ from kernel_cases import (
     Case,
     Shape,
     check_empty_tensors,
+    check_layout_of_gradients,
     check_library_contract,
     check_rows_that_see_nothing,
     dropout_pattern,
@@ -121,6 +122,11 @@ def test_rows_that_see_nothing_are_zero_and_harmless(normalizer: str, power: int
 @pytest.mark.parametrize("normalizer", ["rsqrt", "l1"])
 def test_empty_tensors_give_zeros(shape: Shape, normalizer: str) -> None:
     check_empty_tensors("cpu", shape, normalizer, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_lie_as_their_operands(dtype: torch.dtype) -> None:
+    check_layout_of_gradients("cpu", dtype)
 
 
 @pytest.mark.parametrize("layout", ["expanded", "sliced", "last-dim-strided"])

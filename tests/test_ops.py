@@ -20,6 +20,7 @@ from kernel_cases import (
     Case,
     Shape,
     check_empty_tensors,
+    check_layout_of_gradients,
     check_library_contract,
     check_rows_that_see_nothing,
     dropout_pattern,
@@ -360,6 +361,10 @@ def test_error_budget_notices_what_is_dropped(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layout_does_not_matter(backend: str, layout: str) -> None:
     assert layout_difference(backend, layout, operands()) < 1e-12
+
+
+def test_gradients_lie_as_their_operands() -> None:
+    check_layout_of_gradients("chunked", torch.float64)
 
 
 @backends

@@ -18,6 +18,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_gradient(operand: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns an uninitialised tensor for the gradient of an operand, with contiguous columns.
+
+    It lies in memory as the operand does, heads inside or outside of tokens: otherwise autograd, or the projection that
+    comes before the attention, would copy it.
+    """
+    gradient = torch.empty_like(operand, dtype=dtype)
+    return gradient if gradient.stride(-1) == 1 else gradient.new_empty(gradient.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Tensors and settings of one call. B batch, H heads, G key/value heads, Tq, Tk, D head dim, P degree.
@@ -73,10 +83,8 @@ class Call:
 
     def zero_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns zeros for the gradients of query, key, value, coefficients and center, as `library` says."""
-        query, key, value, coefficients = (
-            torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            for tensor in (self.query, self.key, self.value, self.coefficients)
-        )
+        query, key, value = (empty_gradient(operand).zero_() for operand in (self.query, self.key, self.value))
+        coefficients = self.coefficients.new_zeros(self.coefficients.shape)
         center = coefficients if self.center is None else self.center
         shape = (0,) if self.center is None else self.center.shape
         return query, key, value, coefficients, center.new_zeros(shape)

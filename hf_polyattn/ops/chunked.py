@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .call import EPSILON, ROW_EXPONENTS, Call
+from .call import EPSILON, ROW_EXPONENTS, Call, empty_gradient
 from .dropout import dropout_scale
 from .masks import key_slice, pattern
 
@@ -58,10 +58,10 @@ def backward(
     """
     with torch.autocast(device_type=call.query.device.type, enabled=False):
         folded = _fold(call)
-        grad_query, grad_key, grad_value, grad_coefficients = (
-            torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-            for t in (folded.query, folded.key, folded.value, folded.coefficients)
+        grad_query, grad_key, grad_value = (
+            empty_gradient(operand, call.compute_dtype).zero_() for operand in (call.query, call.key, call.value)
         )
+        grad_coefficients = torch.zeros_like(folded.coefficients)
         grad_center = grad_query.new_zeros(grad_query.shape[:3])
         for block in _blocks(folded):
             coefficients = block.coefficients()

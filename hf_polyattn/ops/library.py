@@ -6,8 +6,9 @@ Its arguments are the fields of `Call` in order, then the backend's name. A back
     backward(grad_output, output, row_scale, call, coefficients_grad=, center_grad=)
         -> gradients of query, key, value, coefficients and center, the last two 0 where they are not asked for
 
-where row_scale, float32 (B, H, Tq) or float64 for float64 inputs, holds r_i of normalizer l1, 0 where all w are.
-The other normalizers need neither it nor the output in backward: there both have shape (0,).
+where the gradients of query, key and value lie as `empty_gradient` says; and row_scale, float32 (B, H, Tq) or float64
+for float64 inputs, holds r_i of normalizer l1, 0 where all w are. The other normalizers need neither it nor the output
+in backward: there both have shape (0,).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .call import Call, compute_dtype
+from .call import Call, compute_dtype, empty_gradient
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? mask, Tensor? ranges, Tensor? center, "
@@ -71,7 +72,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     query, key, value, coefficients, *_ = arguments
     center = arguments[_CENTER]
-    grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value, coefficients)]
+    grads = [empty_gradient(operand) for operand in (query, key, value)]
+    grads.append(coefficients.new_empty(coefficients.shape))
     return (*grads, coefficients.new_empty((0,)) if center is None else center.new_empty(center.shape))
 
 

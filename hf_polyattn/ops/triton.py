@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import triton_backward, triton_forward
 from .backends import INTERPRETED
-from .call import Call
+from .call import Call, empty_gradient
 from .triton_blocks import Dropout, Operand, Scores, Static, Visibility
 from .tuning import Configuration, configuration, keys
 
@@ -69,10 +69,7 @@ def backward(
     center_grad = center_grad and call.center is not None
     batch, heads, q_len, _ = call.query.shape
     groups, k_len = call.key.shape[1:3]
-    grad_query, grad_key, grad_value = (
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in (call.query, call.key, call.value)
-    )
+    grad_query, grad_key, grad_value = (empty_gradient(operand) for operand in (call.query, call.key, call.value))
     grad_coefficients = torch.zeros_like(call.coefficients, memory_format=torch.contiguous_format)
     grad_center = grad_coefficients.new_zeros((0,) if call.center is None else call.center.shape, dtype=torch.float32)
     center_dtype = call.coefficients.dtype if call.center is None else call.center.dtype

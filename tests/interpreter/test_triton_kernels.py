@@ -18,6 +18,7 @@ from kernel_cases import (
     Case,
     Shape,
     check_empty_tensors,
+    check_layout_of_gradients,
     check_library_contract,
     check_rows_that_see_nothing,
     dropout_pattern,
@@ -109,6 +110,10 @@ def test_float16_neither_overflows_nor_loses_rows(q_len: int) -> None:
 def test_memory_layout_does_not_matter(layout: str) -> None:
     tensors = operands((2, 4, 2, 7, 20), head_dim=16, value_dim=16, dtype=torch.float32)
     assert layout_difference("triton", layout, tensors) == 0.0
+
+
+def test_gradients_lie_as_their_operands() -> None:
+    check_layout_of_gradients("triton", torch.float32)
 
 
 def test_offsets_are_64_bit() -> None:

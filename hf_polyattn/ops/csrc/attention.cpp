@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
@@ -84,6 +85,19 @@ struct View {
   explicit View(const optional<Tensor>& tensor) : View(tensor ? View(*tensor) : View()) {}
   explicit operator bool() const { return data != nullptr; }
   const T* operator()(int64_t a, int64_t b, int64_t c) const {
+    return data + a * strides[0] + b * strides[1] + c * strides[2];
+  }
+};
+
+// Where rows (batch entry, head, token) of a gradient go; their columns are contiguous.
+template <typename T>
+struct Target {
+  T* data;
+  int64_t strides[3];
+
+  explicit Target(const Tensor& tensor)
+      : data(tensor.mutable_data_ptr<T>()), strides{tensor.stride(0), tensor.stride(1), tensor.stride(2)} {}
+  T* operator()(int64_t a, int64_t b, int64_t c) const {
     return data + a * strides[0] + b * strides[1] + c * strides[2];
   }
 };
@@ -479,6 +493,12 @@ struct Gradients {
   Tensor query, key, value, coefficients, center;
 };
 
+// hf_polyattn/ops/call.py says why.
+Tensor empty_gradient(const Tensor& operand) {
+  const Tensor gradient = at::empty_like(operand);
+  return gradient.stride(-1) == 1 ? gradient : at::empty(operand.sizes(), operand.options());
+}
+
 template <typename scalar_t, typename mm_t>
 void backward(const Call& call, const Tensor& grad_output, const Tensor& row_scale, bool moments,
               Gradients& gradients) {
@@ -491,9 +511,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
   const int64_t key_step = std::min(kKeys, round_up(call.k_len, kPad)), padded_keys = round_up(call.k_len, pack);
   const int64_t rows = chunks.step, tile = key_step * rows, sum_count = RowSums::count(static_cast<int>(terms) - 1);
   const View<scalar_t> grads(grad_output);
-  auto* grad_queries = gradients.query.mutable_data_ptr<scalar_t>();
-  auto* to_key = gradients.key.mutable_data_ptr<scalar_t>();
-  auto* to_value = gradients.value.mutable_data_ptr<scalar_t>();
+  const Target<scalar_t> to_query(gradients.query), to_key(gradients.key), to_value(gradients.value);
   auto* grad_center = gradients.center.mutable_data_ptr<float>();
   const View<float> row_scales(row_scale);
   const int64_t scores = call.l1() ? rows * call.k_len : tile;
@@ -622,15 +640,19 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
       double* grad_c = grad_coefficients.data() +
                        ((pair * chunks.count + chunk) * call.repeats() + block.head % call.repeats()) * terms;
       for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t row = (entry * call.heads + block.head) * call.q_len + block.first + i;
-        store_row(memory.grad_query_rows + i * head_dim, 1.0f, head_dim, grad_queries + row * head_dim);
+        const int64_t row = block.first + i;
+        store_row(memory.grad_query_rows + i * head_dim, 1.0f, head_dim, to_query(entry, block.head, row));
         for (int64_t k = 0; k < terms; ++k) grad_c[k] += sums.moment(k)[i];
-        if (call.center) grad_center[row] = static_cast<float>(-sums.slope()[i] / call.radius_of(block.head));
+        if (!call.center) continue;
+        grad_center[(entry * call.heads + block.head) * call.q_len + row] =
+            static_cast<float>(-sums.slope()[i] / call.radius_of(block.head));
       }
     }
     if (alone) {
-      store_row(grad_key, 1.0f, call.k_len * head_dim, to_key + pair * call.k_len * head_dim);
-      store_row(grad_value, 1.0f, call.k_len * value_dim, to_value + pair * call.k_len * value_dim);
+      for (int64_t j = 0; j < call.k_len; ++j) {
+        store_row(grad_key + j * head_dim, 1.0f, head_dim, to_key(entry, group, j));
+        store_row(grad_value + j * value_dim, 1.0f, value_dim, to_value(entry, group, j));
+      }
     }
     release<mm_t>();
   });
@@ -645,8 +667,8 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
         for (int64_t d = 0; d < head_dim; ++d) grad_key[d] += grad_key[chunk * partial_size + d];
         for (int64_t d = 0; d < value_dim; ++d) grad_value[d] += grad_value[chunk * partial_size + d];
       }
-      store_row(grad_key, 1.0f, head_dim, to_key + n * head_dim);
-      store_row(grad_value, 1.0f, value_dim, to_value + n * value_dim);
+      store_row(grad_key, 1.0f, head_dim, to_key(pair / call.groups, pair % call.groups, j));
+      store_row(grad_value, 1.0f, value_dim, to_value(pair / call.groups, pair % call.groups, j));
     }
   });
   std::vector<double> total(call.heads * terms, 0.0);
@@ -710,8 +732,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tens
                                                                       const Arguments&... arguments) {
   const Call call = make_call(arguments...);
   const auto options = call.query.options();
-  Gradients gradients{at::empty(call.query.sizes(), options), at::empty(call.key.sizes(), options),
-                      at::empty(call.value.sizes(), options),
+  Gradients gradients{empty_gradient(call.query), empty_gradient(call.key), empty_gradient(call.value),
                       at::empty({call.heads, call.terms}, options.dtype(at::kFloat)),
                       at::empty({0}, options.dtype(at::kFloat))};
   if (call.center) {
