@@ -165,7 +165,8 @@ class PolyAttention(nn.Module):
         with torch.autocast(device_type=query.device.type, enabled=False):
             # A matrix product would copy queries whose heads lie inside of tokens: four times as long on a CPU.
             shift = torch.linalg.vecdot(query.to(dtype), self.key_shift.to(dtype)[:, None])
-            return self.center.to(dtype)[:, None] + scaling * shift
+            center: Tensor = self.center.to(dtype)[:, None] + scaling * shift
+            return center
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolyAttention:
         def keep_precision(tensor: Tensor) -> Tensor:

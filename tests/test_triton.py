@@ -55,11 +55,11 @@ def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypat
     device = torch.device("cuda", 0)
     tuning.configuration.cache_clear()
     shipped, keys = tuning.shipped_tables()[90], tuning.keys(torch.bfloat16, 80)
-    assert keys == ("bfloat16-128",)
-    assert tuning.configuration("forward", keys, device) == shipped["forward"]["bfloat16-128"]
+    assert keys == ("bfloat16-96",)
+    assert tuning.configuration("forward", keys, device) == shipped["forward"]["bfloat16-96"]
 
     own = Configuration(32, 16, 2, 1)
-    path = tuning.write_table({"forward": {"bfloat16-128": own}}, "NVIDIA H200 (test)", tmp_path)
+    path = tuning.write_table({"forward": {"bfloat16-96": own}}, "NVIDIA H200 (test)", tmp_path)
     assert path == tmp_path / "nvidia-h200-test.json"
     assert list(tmp_path.iterdir()) == [path]  # no partial file is left
     assert tuning.configuration("forward", keys, device) == own

@@ -1,8 +1,9 @@
 """Block sizes of the Triton kernels, from the JSON tables in `tuning/` and those that `tune` wrote on this machine.
 
-A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of 64,
-128 and 256 that holds D and Dv. "-grouped" behind it, where it is there, is for query heads that share key heads, which
-need more registers, and "-monomial" for monomials, which need fewer. Nothing is timed when a kernel is first called.
+A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of
+WIDTHS that holds D and Dv. Rows of 96 are two chunks of columns, which need more registers than one of 128. "-grouped"
+behind the width, where it is there, is for query heads that share key heads, which need more registers too, and
+"-monomial" for monomials, which need fewer. Nothing is timed when a kernel is first called.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .cache import user_cache
 
 KERNELS = ("forward", "grad_query", "grad_key_value", "decode")
 DTYPES = ("bfloat16", "float16", "float32")
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 96, 128, 256)
 _SHIPPED = Path(__file__).parent / "tuning"
 
 
