@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .annealing import AnnealReport, anneal
     from .calibration import CalibrationReport, calibrate
     from .callback import MonitorCallback
+    from .cards import Measurement, model_card
     from .conversion import ConversionReport, QualityError, convert
     from .diagnosis import Diagnosis, diagnose
     from .distillation import distill
@@ -48,6 +49,7 @@ _HOME = {
     "DivergenceError": "errors",
     "ConversionReport": "conversion",
     "InputError": "errors",
+    "Measurement": "cards",
     "Monitor": "monitor",
     "MonitorCallback": "callback",
     "PatchError": "errors",
@@ -68,6 +70,7 @@ _HOME = {
     "distill": "distillation",
     "is_patched": "patch",
     "match_layers": "layerwise",
+    "model_card": "cards",
     "param_groups": "training",
     "patch_model": "patch",
     "polynomial_attention": "ops",
@@ -85,6 +88,7 @@ __all__ = [
     "Diagnosis",
     "DivergenceError",
     "InputError",
+    "Measurement",
     "Monitor",
     "MonitorCallback",
     "PatchError",
@@ -105,6 +109,7 @@ __all__ = [
     "distill",
     "is_patched",
     "match_layers",
+    "model_card",
     "param_groups",
     "patch_model",
     "polynomial_attention",

@@ -6,8 +6,11 @@ the middle of any import of Transformers, so this file imports nothing that need
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +19,29 @@ from .attention import register
 from .core import CHILD_NAME, PolyAttention
 from .errors import PatchError
 
+_PUSH_DOCUMENTATION = """
+    `hf_polyattn` adds, for models with polynomial attention:
+
+        card: the `ModelCard` to upload, for example from `hf_polyattn.model_card`; default: one without results, and
+            only where the repository has none. A card that was edited on the Hub is kept.
+        overwrite_card (`bool`): also replace a card that was edited on the Hub.
+        processor: a tokenizer or image processor to upload in the same commit.
+"""
+
 
 def install_on_models(modeling_utils: Any) -> None:
     """Registers "polyattn" and makes models build their polynomial modules when their config names them.
 
-    Wraps three methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its
-    modules exist; `_initialize_weights`, which fills parameters that a checkpoint does not have; and
-    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have.
+    Wraps methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its modules exist;
+    `_initialize_weights`, which fills parameters that a checkpoint does not have;
+    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have; and `push_to_hub` and
+    `_upload_modified_files`, which all pushes go through, for the model card.
     """
     register(modeling_utils.AttentionInterface)
     model_class = modeling_utils.PreTrainedModel
     post_init, initialize = model_class.post_init, model_class._initialize_weights
     adjust_keys = model_class._adjust_missing_and_unexpected_keys
+    push_to_hub, upload = model_class.push_to_hub, model_class._upload_modified_files
 
     @wraps(post_init)
     def post_init_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +49,7 @@ def install_on_models(modeling_utils: Any) -> None:
 
         attach_saved(self)
         post_init(self, *args, **kwargs)
-        if any(isinstance(module, PolyAttention) for module in self.modules()):
+        if _has_polynomials(self):
             self._keep_in_fp32_modules_strict.add(CHILD_NAME)
 
     @wraps(initialize)
@@ -51,19 +65,49 @@ def install_on_models(modeling_utils: Any) -> None:
         _refuse_softmax(self, loading_info.unexpected_keys)
         adjust_keys(self, loading_info, *args, **kwargs)
 
+    @wraps(push_to_hub)
+    def push_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _has_polynomials(self):
+            return push_to_hub(self, *args, **kwargs)
+        from .pushing import Push, pushing
+
+        own = {name: kwargs.pop(name) for name in ("card", "overwrite_card", "processor") if name in kwargs}
+        tags = kwargs.get("tags") or ()
+        tags = (*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags))
+        with pushing(Push(**own, tags=tags, revision=kwargs.get("revision"), token=kwargs.get("token"))):
+            return push_to_hub(self, *args, **kwargs)
+
+    @wraps(upload)
+    def upload_with_card(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if _has_polynomials(self):
+            from .pushing import current_push, write_card
+
+            push = current_push(kwargs.get("token"))  # save_pretrained(push_to_hub=True) announces none
+            if push.processor is not None:
+                push.processor.save_pretrained(working_dir)
+            write_card(self, Path(working_dir) / "README.md", repo_id, push)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    push_with_card.__doc__ = (push_to_hub.__doc__ or "") + _PUSH_DOCUMENTATION
     model_class.post_init = post_init_with_polyattn
     model_class._initialize_weights = initialize_with_polyattn
     model_class._adjust_missing_and_unexpected_keys = adjust_keys_with_polyattn
+    model_class.push_to_hub = push_with_card
+    model_class._upload_modified_files = upload_with_card
 
 
 def install_on_trainer(trainer: Any) -> None:
-    """Keeps weight decay away from polynomials in `Trainer`, and lets its trackers log what `MonitorCallback` has.
+    """Keeps weight decay away from polynomials in `Trainer`, lets its trackers log what `MonitorCallback` has, and
+    writes the cards of its pushes.
 
     A decayed coefficient is another polynomial. And `Trainer` calls its trackers before any callback of the user,
-    so that what a callback adds to the logs would not reach them.
+    so that what a callback adds to the logs would not reach them. Its card is a draft that knows nothing of polynomials
+    and that it writes over whatever card the repository has.
     """
     trainer_class = trainer.Trainer
     decay_names, log = trainer_class.get_decay_parameter_names, trainer_class.log
+    create_card, push_to_hub = trainer_class.create_model_card, trainer_class.push_to_hub
+    parameters = inspect.signature(push_to_hub)
 
     @wraps(decay_names)
     def decay_names_without_polyattn(self: Any, model: Any) -> list[str]:
@@ -76,8 +120,38 @@ def install_on_trainer(trainer: Any) -> None:
                 logs.update(getattr(callback, "polyattn_scalars", dict)())
         log(self, logs, *args, **kwargs)
 
+    @wraps(create_card)
+    def create_card_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
+        create_card(self, *args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_world_process_zero() or hasattr(model, "peft_config") or not _has_polynomials(model):
+            return
+        from huggingface_hub import ModelCard
+
+        from .cards import training_card
+        from .pushing import current_push, write_card
+
+        file, push = Path(self.args.output_dir) / "README.md", current_push(self.args.hub_token)
+        card = push.card or training_card(model, ModelCard.load(file))
+        write_card(model, file, self.hub_model_id, replace(push, card=card))
+
+    @wraps(push_to_hub)
+    def push_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _has_polynomials(self.model):
+            return push_to_hub(self, *args, **kwargs)
+        from .pushing import Push, pushing
+
+        own = {name: kwargs.pop(name) for name in ("card", "overwrite_card") if name in kwargs}
+        given = parameters.bind_partial(self, *args, **kwargs).arguments
+        revision = given.get("revision") or getattr(self.args, "hub_revision", None)
+        with pushing(Push(**own, revision=revision, token=given.get("token") or self.args.hub_token)):
+            return push_to_hub(self, *args, **kwargs)
+
+    push_with_card.__doc__ = (push_to_hub.__doc__ or "") + _PUSH_DOCUMENTATION.partition("        processor")[0]
     trainer_class.get_decay_parameter_names = decay_names_without_polyattn
     trainer_class.log = log_with_polyattn
+    trainer_class.create_model_card = create_card_with_polyattn
+    trainer_class.push_to_hub = push_with_card
 
 
 def install_on_peft(peft_model: Any) -> None:
@@ -97,6 +171,10 @@ def install_on_peft(peft_model: Any) -> None:
         return result
 
     model_class.load_adapter = load_adapter_with_polyattn
+
+
+def _has_polynomials(model: Any) -> bool:
+    return any(isinstance(module, PolyAttention) for module in model.modules())
 
 
 @torch.no_grad()
