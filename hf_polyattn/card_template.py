@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+TAGS = ("hf_polyattn", "polynomial-attention")
 #: Stands for the Hub id in a card that was written before the model was pushed.
 REPOSITORY = "<folder or Hub id>"
 PLOT = "diagnosis.png"
@@ -42,11 +43,19 @@ def fill_template(data: ModelCardData, **sections: str) -> PolynomialModelCard:
     return PolynomialModelCard(template.format(metadata=data.to_yaml(), **sections))
 
 
+def introduction(base_model: str) -> str:
+    """Returns what every card begins with."""
+    return (
+        f"{base_model} with its softmax attention replaced by polynomials of the attention scores, by hf_polyattn: no "
+        "exponential,\nand without the row sum of an `l1` spec no division either."
+    )
+
+
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Returns a Markdown table."""
     header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(row)} |" for row in (header, *rows))
+    return "\n".join([first, "|---" * len(header) + "|", *others])
 
 
 def change(value: float, reference: float) -> str:
@@ -57,7 +66,9 @@ def change(value: float, reference: float) -> str:
 def sign(text: str) -> str:
     """Returns a card's text with a comment at its end by which `is_as_written` tells it from an edited one."""
     text = _SIGNATURE.sub("", text).rstrip() + "\n"
-    return f"{text}\n<!-- Written by hf_polyattn, {_digest(text)}. An edited card is kept when the model is pushed. -->\n"
+    return (
+        f"{text}\n<!-- Written by hf_polyattn, {_digest(text)}. An edited card is kept when the model is pushed. -->\n"
+    )
 
 
 def is_as_written(text: str) -> bool:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from .card_template import PLOT, REPOSITORY, PolynomialModelCard, change, fill_template, markdown_table
+from .card_template import (
+    PLOT,
+    REPOSITORY,
+    TAGS,
+    PolynomialModelCard,
+    change,
+    fill_template,
+    introduction,
+    markdown_table,
+)
 from .errors import PatchError
 from .families import attention_sites
 from .patch import patched_layers, pretrained_model, spec_of
@@ -23,7 +32,6 @@ from .patch import patched_layers, pretrained_model, spec_of
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis
 
-TAGS = ("hf_polyattn", "polynomial-attention")
 
 # What loads a class, the table of Transformers that has it, and its task on the Hub. The first that fits counts.
 _LOADERS = (
@@ -129,8 +137,7 @@ def model_card(
     card = fill_template(
         data,
         title=title,
-        introduction=f"{base_model or 'A pretrained model'} with its softmax attention replaced by polynomials of the "
-        "attention scores, by hf_polyattn: no exponential and no row maximum.",
+        introduction=introduction(base_model or "A pretrained model"),
         measured="\n\n".join(part for part in shown if part),
         adaptation="\n\n".join(part for part in (_polynomials(root), adaptation.strip()) if part),
         limits="\n".join([*_limits(root), *([limits.strip()] if limits else [])]),
@@ -244,6 +251,8 @@ def _polynomials(root: nn.Module) -> str:
     said = ", ".join(f"`{spec}` in {count}" for spec, count in counts.items())
     text = f"Of {total} attention modules, {said}"
     text += "; the others stay softmax." if len(layers) < total else "."
+    if all(layer.config.interval for _, layer in layers):
+        text += " Their coefficients, and the interval of each head's scores, are saved with the weights."
     if len(counts) > 1:
         rows = [[f"`{path}`", f"`{layer.config.spec}`"] for path, layer in layers]
         text += "\n\n" + markdown_table(["module", "polynomial"], rows)

@@ -51,10 +51,10 @@ class Dtype(StrEnum):
 @app.command()
 def describe(model: Model) -> None:
     """Print every attention module of a model: its heads, and its polynomial, or why it cannot have one."""
-    from .examples import load_model
     from .patch import describe as describe_model
 
-    typer.echo(describe_model(load_model(model, "cpu")))
+    loaded, _ = _load(model, "cpu")
+    typer.echo(describe_model(loaded))
 
 
 @app.command()
@@ -78,11 +78,10 @@ def patch(
     """Load a softmax model, make its attention polynomial, calibrate it on a data set, and save it."""
     from .calibration import calibrate as calibrate_model
     from .conversion import convert
-    from .examples import load_model, load_processor, read_batches
+    from .examples import read_batches
     from .patch import patch_model
 
-    loaded = load_model(model, device)
-    processor = load_processor(model, loaded)
+    loaded, processor = _load(model, device)
     patch_model(loaded, spec)
     taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
     if floor is None:
@@ -108,10 +107,9 @@ def calibrate(
 ) -> None:
     """Calibrate a polynomial model again, on other data or to another polynomial, and save it."""
     from .calibration import calibrate as calibrate_model
-    from .examples import load_model, load_processor, read_batches
+    from .examples import read_batches
 
-    loaded = load_model(model, device)
-    processor = load_processor(model, loaded)
+    loaded, processor = _load(model, device)
     taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
     typer.echo(calibrate_model(loaded, taken, spec=spec, max_batches=None))
     _save(loaded, processor, output)
@@ -132,10 +130,9 @@ def diagnose(
 ) -> None:
     """Print how the attention of a polynomial model compares with softmax's on a data set: norms, scores, NaNs."""
     from .diagnosis import diagnose as diagnose_model
-    from .examples import load_model, load_processor, read_batches
+    from .examples import read_batches
 
-    loaded = load_model(model, device)
-    processor = load_processor(model, loaded)
+    loaded, processor = _load(model, device)
     taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
     found = diagnose_model(loaded, taken, max_batches=batches)
     typer.echo(found)
@@ -152,18 +149,29 @@ def push(
     repository: Annotated[str, typer.Argument(help="Hub id to push to, for example me/bert-poly6.")],
     private: Annotated[bool, typer.Option(help="Make the repository private if it is new.")] = False,
     branch: Annotated[str | None, typer.Option(help="Branch to push to; default: main.")] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a model card that was edited on the Hub.")
+    ] = False,
 ) -> None:
-    """Upload a saved polynomial model to the Hub, as the user who is logged in."""
-    from .examples import load_model, load_processor
+    """Upload a saved polynomial model with its card to the Hub, as the user who is logged in.
+
+    The card is the folder's README.md if it has one.
+    """
+    from huggingface_hub import ModelCard
+
     from .patch import is_patched
 
-    loaded = load_model(str(model), "cpu")
+    loaded, processor = _load(str(model), "cpu")
     if not is_patched(loaded):
         raise InputError(f"{model} is a softmax model; `polyattn patch {model} OUTPUT --data …` makes it polynomial")
-    for part in (loaded, load_processor(str(model), loaded)):
-        if part is not None:
-            part.push_to_hub(repository, private=private, revision=branch)
-    typer.echo(f"pushed to {repository}")
+    card = ModelCard.load(model / "README.md") if (model / "README.md").is_file() else None
+    try:
+        url = loaded.push_to_hub(
+            repository, private=private, revision=branch, card=card, overwrite_card=overwrite_card, processor=processor
+        )
+    except (OSError, RuntimeError) as error:  # of the network, or an answer of the Hub
+        raise InputError(f"cannot push {model} to {repository!r}; nothing was changed there: {error}") from error
+    typer.echo(f"pushed to {repository}: {url}")
 
 
 @app.command()
@@ -190,6 +198,14 @@ def build() -> None:
     from .ops.build import build as build_kernels
 
     typer.echo(build_kernels())
+
+
+def _load(model: str, device: str | None) -> tuple[Any, Any]:
+    """Returns a model and the processor beside it."""
+    from .examples import load_model, load_processor
+
+    loaded = load_model(model, device)
+    return loaded, load_processor(model, loaded)
 
 
 def _save(model: Any, processor: Any, output: Path) -> None:

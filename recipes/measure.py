@@ -3,7 +3,7 @@
     python recipes/measure.py llama-stories260K --checkpoints ../shared/checkpoints --datasets ../shared/datasets
 
 Rows are in configs/measurements.yaml. Arms that a killed run had finished are not run again. Written are
-model_cards/<row>.json and the card, model_cards/<row>.md.
+model_cards/<row>.json and the card, model_cards/<row>.md; --card-only writes the card again, from the JSON.
 """
 
 from __future__ import annotations
@@ -19,25 +19,39 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from runs import write_beside
+
+from hf_polyattn.card_template import TAGS, change, fill_template, introduction, markdown_table
 
 RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"
 CONTROL = "control"
+TASKS = {
+    "causal_lm": "text-generation",
+    "text_classification": "text-classification",
+    "image_classification": "image-classification",
+    "sentence_embedding": "feature-extraction",
+}
 
 
 def main() -> None:
     rows = yaml.safe_load((RECIPES / "configs/measurements.yaml").read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", choices=rows)
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--datasets", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--checkpoints", type=Path, help="folder of the checkpoints")
+    parser.add_argument("--datasets", type=Path, help="folder of the data sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these; the card is written when none is missing")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/measurements"), help="folder of the runs")
+    parser.add_argument("--card-only", action="store_true", help="run nothing, write the card from the JSON")
     arguments = parser.parse_args()
 
     row = rows[arguments.row]
+    if arguments.card_only:
+        return write_card(arguments.row, row, json.loads((CARDS / f"{arguments.row}.json").read_text()))
+    if arguments.checkpoints is None or arguments.datasets is None:
+        parser.error("--checkpoints and --datasets are needed to run the recipe")
     for arm in arguments.arms or row["arms"]:
         for seed in seeds_of(row["arms"][arm], arguments.seeds):
             run(row, arm, seed, arguments)
@@ -93,10 +107,15 @@ def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str
     }
     published = next(iter(results[CONTROL][0]["arms"].values()))["stages"]["softmax"]
     data = {"row": name, "command": f"python recipes/measure.py {name}", "published": published, "summary": summary}
-    runs = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
-    content = json.dumps({**data, "runs": runs}, indent=1) + "\n"
+    data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
+    content = json.dumps(data, indent=1) + "\n"
     write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
-    text = card(name, row, summary, published, max(map(len, results.values())))
+    write_card(name, row, data)
+
+
+def write_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Writes the card of a row from what its JSON holds."""
+    text = card(name, row, data["summary"], data["published"], max(map(len, data["runs"].values())))
     write_beside(CARDS / f"{name}.md", lambda path: path.write_text(text))
     print(text)
 
@@ -125,11 +144,7 @@ def card(
     """Returns the text of a card."""
     metric, goal_for = row["metric"], row.get("goals", {})
     control = summary[CONTROL][metric]["mean"]
-    lines = [
-        "| arm | " + metric + " | against the control | against the published checkpoint | wanted |",
-        "|---|---|---|---|---|",
-    ]
-    lines.append(f"| softmax, as published | {published[metric]:.4f} | {change(published[metric], control)} | | |")
+    rows = [["softmax, as published", f"{published[metric]:.4f}", change(published[metric], control), "", ""]]
     for arm, own in summary.items():
         value = own[metric]
         spread = f" ± {(value['highest'] - value['lowest']) / 2:.4f}"
@@ -137,29 +152,63 @@ def card(
             spread = "" if row["arms"][arm]["words"].get("max_steps") == 0 else " (one seed)"
         against = "" if arm == CONTROL else change(value["mean"], control)
         to_published = change(value["mean"], published[metric])
-        lines.append(
-            f"| {row['arms'][arm]['title']} | {value['mean']:.4f}{spread} | {against} | {to_published} | "
-            f"{goal_for.get(arm, '')} |"
+        title, goal = row["arms"][arm]["title"], goal_for.get(arm, "")
+        rows.append([title, f"{value['mean']:.4f}{spread}", against, to_published, goal])
+    table = markdown_table(["arm", metric, "against the control", "against the published checkpoint", "wanted"], rows)
+    arms = "\n".join(f"- {own['title']}: `{words(own['words'])}`" for own in row["arms"].values())
+    measured = (
+        f"{row['metric_meaning']}: mean of {seeds} seeds on held-out data, ± half the range between them. Every "
+        f"trained arm had the same budget:\n{row['budget']}. What was wanted is against the control."
+    )
+    adaptation = (
+        f"`recipes/{row['recipe']}.py`, all arms with `{words(row['words'])}`, and\n\n{arms}\n\n"
+        f"All figures are in [{name}.json]({name}.json): every stage of every seed, with versions and device. It was "
+        f"written by\n\n```bash\npython recipes/measure.py {name} --checkpoints <folder of the checkpoints> "
+        "--datasets <folder of the data sets>\n```"
+    )
+    return str(
+        fill_template(
+            metadata(row, summary),
+            title=row["title"],
+            introduction=introduction(row["base_model"]),
+            measured=f"{measured}\n\n{table}\n\n{row['remarks'].strip()}",
+            adaptation=adaptation,
+            limits="- No weights are published here; the commands above make them.\n"
+            "- The figures are of one small budget on one data set.",
+            auto_class=row["auto_class"],
+            repository="<the arm's model folder>",
         )
-    arms = [f"- {own['title']}: `{words(own['words'])}`" for own in row["arms"].values()]
-    template = (CARDS / "TEMPLATE.md").read_text()
-    return template.format(
-        name=name,
-        title=row["title"],
-        base_model=row["base_model"],
-        license=row["license"],
-        metric=row["metric_meaning"],
-        seeds=seeds,
-        budget=row["budget"],
-        table="\n".join(lines),
-        remarks=row["remarks"].strip(),
-        arms=f"`recipes/{row['recipe']}.py`, all arms with `{words(row['words'])}`, and\n\n" + "\n".join(arms),
-        auto_class=row["auto_class"],
     )
 
 
-def change(value: float, reference: float) -> str:
-    return f"{100 * (value / reference - 1):+.2f} %"
+def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardData:
+    """Returns the metadata of a card: what it is of, and one result a polynomial arm."""
+    task, metric = TASKS[row["recipe"]], row["metric"]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            metric_type=metric,
+            metric_name=f"{metric}, {row['arms'][arm]['title']}",
+            metric_value=round(own[metric]["mean"], 6),
+        )
+        for arm, own in summary.items()
+        if arm != CONTROL
+    ]
+    specs = [own["words"].get("spec") for own in row["arms"].values()]
+    return ModelCardData(
+        library_name="transformers",
+        base_model=row["base_model"],
+        base_model_relation="finetune",
+        license=row["license"],
+        datasets=[row["dataset"]],
+        metrics=[metric],
+        pipeline_tag=task,
+        tags=[*TAGS, *dict.fromkeys(spec for spec in specs if spec not in (None, "softmax"))],
+        model_name=row["title"],
+        eval_results=results,
+    )
 
 
 def words(values: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).resolve().parents[1]
 # The row of the molecules, shortened; what is not named here is as it is measured.
@@ -30,7 +31,6 @@ def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     module = importlib.import_module("measure")
     (tmp_path / "cards").mkdir()
-    (tmp_path / "cards/TEMPLATE.md").write_text((ROOT / "model_cards/TEMPLATE.md").read_text())
     monkeypatch.setattr(module, "CARDS", tmp_path / "cards")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     commands: list[list[str]] = []
@@ -78,6 +78,11 @@ def test_card_says_what_the_runs_wrote(
     for folder in (shared("checkpoints"), tmp_path):
         assert str(folder) not in card + json.dumps(written)
 
+    (tmp_path / "cards/gpt2-zinc-0.5m.md").write_text("lost")
+    monkeypatch.setattr(sys, "argv", ["measure.py", "gpt2-zinc-0.5m", "--card-only"])
+    measure.main()
+    assert (tmp_path / "cards/gpt2-zinc-0.5m.md").read_text() == card
+
 
 def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
     """The committed cards are those that the committed results make."""
@@ -89,3 +94,11 @@ def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
         seeds = max(map(len, data["runs"].values()))
         text = measure.card(file.stem, rows[file.stem], data["summary"], data["published"], seeds)
         assert file.with_suffix(".md").read_text() == text
+        metadata: Any = ModelCard(text).data
+        measured = {arm: own[rows[file.stem]["metric"]]["mean"] for arm, own in data["summary"].items()}
+        del measured["control"]
+        assert [result.metric_value for result in metadata.eval_results] == pytest.approx(
+            [*measured.values()], abs=1e-6
+        )
+        assert {"polynomial-attention", "poly3^16-l1"} <= set(metadata.tags)
+        assert (metadata.license, metadata.base_model_relation) == (rows[file.stem]["license"], "finetune")
