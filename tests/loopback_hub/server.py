@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,11 +52,19 @@ class Request:
 
 @dataclass(slots=True)
 class Breakage:
-    """Connections to break in the middle of a request's body: the next `times` that match."""
+    """Connections to break in the middle of a request's body: those of these numbers among the ones that match."""
 
     method: str
     path: re.Pattern[str]
-    times: int
+    numbers: Container[int]
+    seen: int = 0
+
+    def is_next(self, method: str, path: str) -> bool:
+        """Whether a connection is to be broken; counts it."""
+        if method != self.method or not self.path.search(path):
+            return False
+        self.seen += 1
+        return self.seen in self.numbers
 
 
 @dataclass(slots=True)
@@ -113,9 +121,9 @@ class LoopbackHub:
             "HF_TOKEN": token or "",
         }
 
-    def break_connections(self, method: str, path: str, times: int = 1) -> None:
-        """Breaks the next connections whose path matches, once half of the body has come."""
-        self.breakages.append(Breakage(method, re.compile(path), times))
+    def break_connections(self, method: str, path: str, numbers: Container[int]) -> None:
+        """Breaks connections whose path matches, counted from 1 and from now, once half of the body has come."""
+        self.breakages.append(Breakage(method, re.compile(path), numbers))
 
     def take_requests(self) -> list[Request]:
         """Returns the requests since it was last called."""
@@ -161,11 +169,10 @@ class Handler(BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         length = int(self.headers.get("Content-Length", 0))
         with self.hub.lock:
-            for breakage in self.hub.breakages:
-                if breakage.times and breakage.method == self.command and breakage.path.search(self.path):
-                    breakage.times -= 1
-                    self.rfile.read(length // 2)
-                    raise BrokenError
+            broken = [breakage.is_next(self.command, self.path) for breakage in self.hub.breakages]
+        if any(broken):
+            self.rfile.read(length // 2)
+            raise BrokenError
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(length)
         parts = []
@@ -317,7 +324,11 @@ class HubHandler(Handler):
         commit = repository.head(revision)
         files = [{"rfilename": path} for path in commit.files]
         names = {"_id": repo, "id": repo, "modelId": repo, "author": repo.partition("/")[0], "sha": commit.oid}
-        self.answer(200, {**names, "private": repository.private, "tags": [], "siblings": files})
+        readme = commit.files.get("README.md", Blob(b"", large=False)).content.decode()
+        metadata = dict(
+            re.findall(r"^(pipeline_tag|library_name): (\S+)$", readme.partition("\n---\n")[0], re.MULTILINE)
+        )
+        self.answer(200, {**names, **metadata, "private": repository.private, "tags": [], "siblings": files})
 
     def tree(self, repo: str, revision: str, path: str = "") -> None:
         commit = self.repository(repo).head(revision)
