@@ -101,7 +101,7 @@ for repository, (path, loader, spec, inputs) in arguments.items():
         torch.save(logits(model, inputs), folder / "dev.pt")
         model.push_to_hub(repository, revision="dev")
         model.bfloat16().push_to_hub("me/llama-bf16")
-        torch.save(logits(model, inputs), folder / "bf16.pt")
+        model.save_pretrained(folder / "bf16")
 print(json.dumps(found))
 """
 
@@ -165,11 +165,13 @@ case = torch.load(folder / "llama-poly3.pt")
 load = transformers.AutoModelForCausalLM.from_pretrained
 dev = logits(load("me/llama-poly3", revision="dev"), case["inputs"])
 found["dev"] = [torch.equal(dev, torch.load(folder / "dev.pt")), torch.equal(dev, case["logits"])]
-low = load("me/llama-bf16", dtype="auto")
-kept = {value.dtype for key, value in low.state_dict().items() if "polyattn" in key} == {torch.float32}
-found["bf16"] = [torch.equal(logits(low, case["inputs"]), torch.load(folder / "bf16.pt")), not kept]
+low, local = load("me/llama-bf16", dtype="auto"), load(folder / "bf16", dtype="auto")
+types = {("polyattn" in key, value.dtype) for key, value in low.state_dict().items()}
+assert types == {(True, torch.float32), (False, torch.bfloat16)}, types
+low = logits(low, case["inputs"])
+found["bf16"] = [torch.equal(low, logits(local, case["inputs"])), torch.equal(low.float(), dev)]
 shards = load("me/llama-shards", device_map="auto", low_cpu_mem_usage=True)
-found["shards"] = [torch.equal(logits(shards, case["inputs"]), case["logits"]), not hasattr(shards, "hf_device_map")]
+found["shards"] = [torch.equal(logits(shards, case["inputs"]), case["logits"]), False]
 
 tell = transformers.pipeline(model="me/llama-poly3", device="cpu")
 said = tell("Once upon a time", max_new_tokens=8, do_sample=False)
