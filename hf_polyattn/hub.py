@@ -34,14 +34,15 @@ def install_on_models(modeling_utils: Any) -> None:
 
     Wraps methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its modules exist;
     `_initialize_weights`, which fills parameters that a checkpoint does not have;
-    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have; and `push_to_hub` and
-    `_upload_modified_files`, which all pushes go through, for the model card.
+    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have; `load_adapter`, which
+    must not leave trained polynomials out; and `push_to_hub` and `_upload_modified_files`, for the model card.
     """
     register(modeling_utils.AttentionInterface)
     model_class = modeling_utils.PreTrainedModel
     post_init, initialize = model_class.post_init, model_class._initialize_weights
     adjust_keys = model_class._adjust_missing_and_unexpected_keys
     push_to_hub, upload = model_class.push_to_hub, model_class._upload_modified_files
+    load_adapter = model_class.load_adapter
 
     @wraps(post_init)
     def post_init_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +65,12 @@ def install_on_models(modeling_utils: Any) -> None:
     def adjust_keys_with_polyattn(self: Any, loading_info: Any, *args: Any, **kwargs: Any) -> None:
         _refuse_softmax(self, loading_info.unexpected_keys)
         adjust_keys(self, loading_info, *args, **kwargs)
+
+    @wraps(load_adapter)
+    def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load_adapter(self, *args, **kwargs)
+        _refuse_adapter(getattr(result, "unexpected_keys", ()))
+        return result
 
     @wraps(push_to_hub)
     def push_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,6 +99,7 @@ def install_on_models(modeling_utils: Any) -> None:
     model_class.post_init = post_init_with_polyattn
     model_class._initialize_weights = initialize_with_polyattn
     model_class._adjust_missing_and_unexpected_keys = adjust_keys_with_polyattn
+    model_class.load_adapter = load_adapter_with_polyattn
     model_class.push_to_hub = push_with_card
     model_class._upload_modified_files = upload_with_card
 
@@ -162,12 +170,7 @@ def install_on_peft(peft_model: Any) -> None:
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load_adapter(self, *args, **kwargs)
-        softmax = _polynomial_paths(result.unexpected_keys)
-        if softmax:
-            raise PatchError(
-                f"the adapter has trained polynomial attention at {sorted(softmax)}, but the base model is softmax "
-                "there. Call patch_model(base_model, spec) with the spec of the training before loading the adapter."
-            )
+        _refuse_adapter(result.unexpected_keys)
         return result
 
     model_class.load_adapter = load_adapter_with_polyattn
@@ -201,6 +204,16 @@ def _refuse_softmax(model: Any, unexpected_keys: Iterable[str]) -> None:
             f"the checkpoint has polynomial attention at {sorted(softmax)}, but the config given to "
             f"{type(model).__name__} does not say so and it would silently be softmax. Load the checkpoint with "
             "its own config, or call unpatch_model(model) before saving it."
+        )
+
+
+def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:
+    """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax."""
+    softmax = _polynomial_paths(unexpected_keys)
+    if softmax:
+        raise PatchError(
+            f"the adapter has trained polynomial attention at {sorted(softmax)}, but the base model is softmax "
+            "there. Call patch_model(base_model, spec) with the spec of the training before loading the adapter."
         )
 
 

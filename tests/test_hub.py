@@ -447,7 +447,9 @@ merged = reloaded.merge_and_unload()
 found["merged"] = bool((logits(merged, inputs) - expected).abs().max() < 1e-4 * expected.abs().max())
 merged.push_to_hub("me/merged")
 found["merged again"] = torch.equal(logits(load("me/merged"), inputs), logits(merged, inputs))
+found["adapted by name"] = torch.equal(logits(load("me/adapter"), inputs), expected)
 found["unpatched"] = message(peft.PeftModel.from_pretrained, load(arguments), "me/adapter")
+found["unpatched, without PeftModel"] = message(load(arguments).load_adapter, "me/adapter")
 print()
 print(json.dumps(found))
 """
@@ -476,11 +478,12 @@ def test_trainer_pushes_a_card_of_the_polynomials_and_of_the_training(
 
 
 def test_adapters_go_through_the_hub_on_a_patched_base_only(trained: dict[str, Any], hub: LoopbackHub) -> None:
-    assert (trained["adapted"], trained["merged"], trained["merged again"]) == (True, True, True)
+    assert all(trained[name] is True for name in ("adapted", "adapted by name", "merged", "merged again"))
     assert trained["unadapted"] is False
-    kind, text = trained["unpatched"]
-    assert kind == "PatchError"
-    assert "the base model is softmax" in text
+    for name in ("unpatched", "unpatched, without PeftModel"):
+        kind, text = trained[name]
+        assert kind == "PatchError"
+        assert "the base model is softmax" in text
     assert "model.safetensors" not in hub.store.repositories["me/adapter"].head().files
 
 
