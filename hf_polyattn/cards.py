@@ -44,6 +44,7 @@ _LOADERS = (
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "image-classification"),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "image-text-to-text"),
 )
+_UNMEASURED = "Nothing was measured for this card. Measure on data of your own before relying on the model."
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -133,12 +134,13 @@ def model_card(
         model_name=title if results else None,
         eval_results=[_evaluation(result, task) for result in results] or None,
     )
-    shown = [_results_table(results), remarks.strip(), _norms(diagnosis)]
+    shown = [_results_table(results) if results else "", remarks.strip()]
+    shown = [part for part in shown if part] or [_UNMEASURED]
     card = fill_template(
         data,
         title=title,
         introduction=introduction(base_model or "A pretrained model"),
-        measured="\n\n".join(part for part in shown if part),
+        measured="\n\n".join([*shown, *_norms(diagnosis)]),
         adaptation="\n\n".join(part for part in (_polynomials(root), adaptation.strip()) if part),
         limits="\n".join([*_limits(root), *([limits.strip()] if limits else [])]),
         auto_class=auto_class,
@@ -220,8 +222,6 @@ def _evaluation(result: Measurement, task: str) -> EvalResult:
 
 
 def _results_table(results: list[Measurement]) -> str:
-    if not results:
-        return "Nothing was measured for this card. Measure on data of your own before relying on the model."
     rows = []
     for result in results:
         data = f"{result.dataset}, {result.split}" if result.split else result.dataset
@@ -234,14 +234,11 @@ def _results_table(results: list[Measurement]) -> str:
     return markdown_table(header, rows)
 
 
-def _norms(diagnosis: Diagnosis | None) -> str:
+def _norms(diagnosis: Diagnosis | None) -> list[str]:
     if diagnosis is None:
-        return ""
-    return f"""### Norms
-
-![Norms of the attention matrices and of their Jacobians, layer by layer, beside softmax's]({PLOT})
-
-{diagnosis.verdict[0].upper()}{diagnosis.verdict[1:]}"""
+        return []
+    shown = f"![Norms of the attention matrices and of their Jacobians, layer by layer, beside softmax's]({PLOT})"
+    return ["### Norms", shown, diagnosis.verdict[0].upper() + diagnosis.verdict[1:]]
 
 
 def _polynomials(root: nn.Module) -> str:

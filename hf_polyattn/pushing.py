@@ -94,6 +94,8 @@ def write_card(model: Any, file: Path, repository: str | None, push: Push) -> No
             datasets=getattr(known, "datasets", None) or (),
             repository=repository or REPOSITORY,
         )
+        data: Any = card.data
+        data.language = data.language or getattr(known, "language", None)
     card.save(file)  # its plot too, if it has one
     text = with_tags(str(card).replace(REPOSITORY, repository or REPOSITORY), push.tags)
     file.write_text(sign(text), encoding="utf-8", newline="")
@@ -102,8 +104,8 @@ def write_card(model: Any, file: Path, repository: str | None, push: Push) -> No
 def _present_card(repository: str, push: Push) -> str | None:
     """Returns the text of the card that a push would replace, None if there is none."""
     for revision in dict.fromkeys((push.revision, None)):
-        try:
-            file = hf_hub_download(repository, "README.md", revision=revision, token=push.token)
+        try:  # not from the cache, which answers where the Hub does not, with a card that may have been edited since
+            file = hf_hub_download(repository, "README.md", revision=revision, token=push.token, force_download=True)
         except RevisionNotFoundError:  # the push will start this branch from the main one
             continue
         except RemoteEntryNotFoundError:

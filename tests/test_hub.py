@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +263,9 @@ def carded(process: Any, checkpoint: Any, batch: Any, folder: Path, hub: Loopbac
 
 
 def readmes(repository: Repository, revision: str = "main") -> list[str]:
-    """The card's texts in a branch, first to last."""
+    """The card's texts in a branch, first to last, each as often as it came to replace another."""
     blobs = [commit.files.get("README.md") for commit in reversed(repository.history(revision))]
-    return list(dict.fromkeys(blob.content.decode() for blob in blobs if blob is not None))
+    return [text for text, _ in groupby(blob.content.decode() for blob in blobs if blob is not None)]
 
 
 def test_the_card_says_what_the_model_is_and_what_was_measured(carded: Any, tmp_path: Path) -> None:
@@ -294,17 +295,16 @@ def test_the_plot_of_the_norms_is_uploaded_with_its_card(carded: Any) -> None:
 
 def test_an_edited_card_is_kept_until_it_is_asked_to_go(carded: Any) -> None:
     repository, stderr = carded
-    measured, better, edited, replaced, other, bare = readmes(repository)
+    measured, better, edited, replaced, other = readmes(repository)
     assert "4.2500" in measured
     assert "4.1250" in better
     assert edited == better + "Mine."
-    assert replaced == measured
     assert "edited there and is kept; overwrite_card=True" in stderr
-    for text, spec in ((other, "poly3"), (bare, "poly3")):
-        data: Any = ModelCard(text).data
-        assert spec in data.tags
-        assert "poly4-l1" not in data.tags
-        assert (data.base_model, data.license) == ("me/stories", "mit")  # as the card before it said
+    assert replaced == measured
+    data: Any = ModelCard(other).data
+    assert data.tags == ["hf_polyattn", "polynomial-attention", "poly3"]
+    assert data.eval_results is None
+    assert (data.base_model, data.license, data.language) == ("me/stories", "mit", "en")  # the card before it said so
 
 
 def test_a_branch_keeps_its_own_edited_card(carded: Any) -> None:
@@ -465,14 +465,16 @@ def test_trainer_pushes_a_card_of_the_polynomials_and_of_the_training(
     trained: dict[str, Any], hub: LoopbackHub
 ) -> None:
     assert trained["trained"] == [True, 1]
-    first, edited, replaced = readmes(hub.store.repositories["me/trained"])
+    commits = [*reversed(hub.store.repositories["me/trained"].history())][1:]
+    first, *edited, replaced = (commit.files["README.md"].content.decode() for commit in commits)
     card = ModelCard(first)
     data: Any = card.data
     assert {"hf_polyattn", "polynomial-attention", "poly3", "generated_from_trainer"} <= set(data.tags)
     assert (data.base_model, data.pipeline_tag) == ("me/llama-poly3", "text-generation")
     for line in ("# trained", "`poly3` in 5", "- learning_rate: 5e-05", "- Loss: ", "import hf_polyattn"):
         assert line in card.text, line
-    assert edited == first + "Mine."
+    assert "Nothing was measured" not in card.text
+    assert set(edited) == {first + "Mine."}
     assert ModelCard(replaced).data.tags == data.tags  # type: ignore[attr-defined]
     assert not replaced.endswith("Mine.")
 
