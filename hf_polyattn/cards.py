@@ -76,6 +76,7 @@ def model_card(
     title: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    language: str | list[str] | None = None,
     datasets: Iterable[str] = (),
     adaptation: str = "",
     remarks: str = "",
@@ -91,6 +92,7 @@ def model_card(
         title: heading; default: the base model's name and the spec.
         base_model: Hub id of the softmax model; default: where the model was loaded from, if that was the Hub.
         license: default: that of the base model's card, if it can be read.
+        language: ISO codes; default: as the base model's card.
         datasets: Hub ids of what it was calibrated and trained on.
         adaptation: how it was made, in Markdown: the commands, the steps, the budget.
         remarks: Markdown below the table.
@@ -126,7 +128,7 @@ def model_card(
         license=license,
         license_name=base.get("license_name") if license == "other" else None,
         license_link=base.get("license_link") if license == "other" else None,
-        language=base.get("language"),
+        language=language or base.get("language"),
         datasets=list(datasets) or None,
         metrics=list(dict.fromkeys(result.metric for result in results)) or None,
         pipeline_tag=task,

@@ -91,11 +91,10 @@ def write_card(model: Any, file: Path, repository: str | None, push: Push) -> No
             model,
             base_model=getattr(known, "base_model", None),
             license=getattr(known, "license", None),
+            language=getattr(known, "language", None),
             datasets=getattr(known, "datasets", None) or (),
             repository=repository or REPOSITORY,
         )
-        data: Any = card.data
-        data.language = data.language or getattr(known, "language", None)
     card.save(file)  # its plot too, if it has one
     text = with_tags(str(card).replace(REPOSITORY, repository or REPOSITORY), push.tags)
     file.write_text(sign(text), encoding="utf-8", newline="")
