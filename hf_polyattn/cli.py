@@ -170,7 +170,7 @@ def push(
             repository, private=private, revision=branch, card=card, overwrite_card=overwrite_card, processor=processor
         )
     except (OSError, RuntimeError) as error:  # of the network, or an answer of the Hub
-        raise InputError(f"cannot push {model} to {repository!r}; nothing was changed there: {error}") from error
+        raise InputError(f"cannot push {model} to {repository!r}, no commit was made: {error}") from error
     typer.echo(f"pushed to {repository}: {url}")
 
 

@@ -15,6 +15,8 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, Repository
 
+import hf_polyattn as hp
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {  # repository: checkpoint and what loads it
     "me/bert-poly3": ("minilm", "AutoModel"),
@@ -142,6 +144,24 @@ def test_a_push_is_one_commit_and_a_second_one_without_a_change_is_none(
     shards = [path for path in hub.store.repositories["me/llama-shards"].head().files if path.endswith(".safetensors")]
     assert len(uploads) == len(MODELS) + len(shards) + len(("dev", "bf16"))
     assert not any(request.authorized for request in pushed["requests"] if request.server == "storage")
+
+
+def test_cards_of_models_from_a_folder_hold_its_license_but_not_its_path(
+    pushed: dict[str, Any], hub: LoopbackHub, checkpoint: Callable[[str], Path]
+) -> None:
+    for repository, (name, loader) in MODELS.items():
+        text = hub.store.repositories[repository].head().files["README.md"].content.decode()
+        assert f'{loader}.from_pretrained("{repository}")' in text
+        assert str(checkpoint(name)) not in text
+        readme = checkpoint(name) / "README.md"
+        license = ModelCard.load(readme).data.get("license") if readme.exists() else None
+        assert ModelCard(text).data.get("license") == license
+    assert "license: apache-2.0" in hub.store.repositories["me/bert-poly3"].head().files["README.md"].content.decode()
+
+
+def test_a_softmax_model_has_no_card(pretrained: Any) -> None:
+    with pytest.raises(hp.PatchError, match="LlamaForCausalLM is not patched; call patch_model"):
+        hp.model_card(pretrained("llama", "AutoModelForCausalLM"))
 
 
 def test_a_branch_is_pushed_beside_the_main_one(pushed: dict[str, Any], hub: LoopbackHub) -> None:

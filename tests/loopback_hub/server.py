@@ -85,7 +85,8 @@ class LoopbackHub:
 
     @property
     def storage(self) -> str:
-        return f"http://127.0.0.1:{self._servers[1].server_port}"
+        # Clients before huggingface_hub 2 take another port of the same host for the same origin.
+        return f"http://localhost:{self._servers[1].server_port}"
 
     def environment(self, token: str | None, home: Path) -> dict[str, str]:
         """Returns the variables under which a new process uses this Hub, with a cache of its own."""
