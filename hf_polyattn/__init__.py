@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import (
         BackendError,
         CalibrationError,
+        CheckpointError,
         DivergenceError,
         InputError,
         PatchError,
@@ -44,6 +45,7 @@ _HOME = {
     "BackendError": "errors",
     "CalibrationError": "errors",
     "CalibrationReport": "calibration",
+    "CheckpointError": "errors",
     "Diagnosis": "diagnosis",
     "DivergenceError": "errors",
     "ConversionReport": "conversion",
@@ -81,6 +83,7 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CalibrationReport",
+    "CheckpointError",
     "ConversionReport",
     "Diagnosis",
     "DivergenceError",

@@ -16,12 +16,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import IMPLEMENTATION
 from .core import CHILD_NAME, PolyAttention
-from .errors import PatchError
+from .errors import BackendError, PatchError, SpecError
 from .families import AttentionSite, attention_sites
 from .ops.backends import check_name
+from .saved_config import CONFIG_KEY, read_state
 from .spec import PolyAttentionConfig, Polynomial
 
-CONFIG_KEY = "polyattn_config"
+# Where a model keeps the `modules` of the config that it was built from; None if that was written by hand.
+SAVED_MODULES = "_polyattn_saved_modules"
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -240,16 +242,25 @@ def attach_saved(model: PreTrainedModel) -> None:
     """Adds the child modules that `model.config.polyattn_config` names, before weights are loaded.
 
     Runs for each submodel while a model is built; paths that are not below this one are left to the others.
+    Notes under SAVED_MODULES what the config named, before it is brought up to date with what was found.
 
     Raises:
-        SpecError: the saved config cannot be read.
+        SpecError: the saved config cannot be read, or its backend does not exist.
         PatchError: a named module exists but cannot be patched.
     """
     state = getattr(model.config, CONFIG_KEY, None)
     if state is None:
         return
-    config = config_from_state(state)
-    specs = state.get("modules") if isinstance(state, Mapping) else None
+    source = f"the config of {model.config.name_or_path or type(model).__name__}"
+    config = read_state(state, source)
+    try:
+        check_name(config.backend)
+    except BackendError as error:
+        raise SpecError(f"{source}: {error}") from None
+    specs = state.get("modules")
+    inner = [part for part in model.modules() if part is not model and getattr(part, "config", None) is model.config]
+    noted = [getattr(part, SAVED_MODULES) for part in inner if hasattr(part, SAVED_MODULES)]
+    setattr(model, SAVED_MODULES, noted[0] if noted else specs)
     for site in attention_sites(model):
         if specs is None:  # written by hand beside a softmax checkpoint
             own = config.spec_of(site.layer) if _why_not(site, config) is None else None
@@ -258,11 +269,11 @@ def attach_saved(model: PreTrainedModel) -> None:
         if own is None:
             continue
         if site.obstacle is not None:
-            raise PatchError(f"the checkpoint has a polynomial {site.path!r}, but {site.obstacle}")
+            raise PatchError(
+                f"{source} names a polynomial at {site.path!r}, but {site.obstacle}. Save the model again."
+            )
         if CHILD_NAME not in site.module._modules:
             site.module.add_module(CHILD_NAME, _new_child(site, dataclasses.replace(config, spec=own, layer_specs=())))
-    if not is_patched(model):
-        return
     for owner in governing_configs(model):
         softmax = owner.config._attn_implementation
         if softmax == IMPLEMENTATION and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
@@ -270,17 +281,6 @@ def attach_saved(model: PreTrainedModel) -> None:
         elif softmax == IMPLEMENTATION:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
         _arm(owner, config, softmax)
-
-
-def config_from_state(state: Any) -> PolyAttentionConfig:
-    """Returns the `PolyAttentionConfig` in a model's `polyattn_config`.
-
-    Raises:
-        SpecError: it cannot be read.
-    """
-    if isinstance(state, Mapping):
-        state = {key: value for key, value in state.items() if key not in ("modules", "softmax_implementation")}
-    return PolyAttentionConfig.from_dict(state)
 
 
 def reconfigure(model: nn.Module, **changes: Any) -> None:

@@ -155,11 +155,11 @@ def test_type_checkers_see_the_public_names() -> None:
 # ---------------------------------------------------------------- floors
 
 FLOORS = {
-    0: {"errors", "files", "spec"},
+    0: {"errors", "files", "saved_config", "spec"},
     1: {"ops"},
     2: {"core"},
     3: {"attention", "families", "masking", "patch"},
-    4: {"capture", "fitting", "inspection", "training"},
+    4: {"capture", "checkpoint", "fitting", "inspection", "training"},
     5: {"bench", "calibration", "diagnosis", "examples", "hub", "layerwise", "monitor", "quality"},
     6: {"distillation"},
     7: {"alignment", "annealing", "conversion"},
