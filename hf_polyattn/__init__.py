@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .ops import polynomial_attention
     from .patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
     from .quality import similarity
+    from .remote_code import export_remote_code
     from .spec import PolyAttentionConfig, Polynomial
     from .training import TrainingReport, param_groups
 
@@ -68,6 +69,7 @@ _HOME = {
     "describe": "patch",
     "diagnose": "diagnosis",
     "distill": "distillation",
+    "export_remote_code": "remote_code",
     "is_patched": "patch",
     "match_layers": "layerwise",
     "param_groups": "training",
@@ -106,6 +108,7 @@ __all__ = [
     "describe",
     "diagnose",
     "distill",
+    "export_remote_code",
     "is_patched",
     "match_layers",
     "param_groups",

@@ -215,7 +215,7 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     for prefix, submodel in root.named_modules():
         if isinstance(submodel, PreTrainedModel) and id(submodel.config) not in found:
             below = {
-                _strip_head_prefix(submodel, path[len(prefix) :].lstrip(".")): spec
+                bare_path(submodel, path[len(prefix) :].lstrip(".")): spec
                 for path, spec in specs.items()
                 if _is_below(path, prefix)
             }
@@ -265,7 +265,7 @@ def attach_saved(model: PreTrainedModel) -> None:
         if specs is None:  # written by hand beside a softmax checkpoint
             own = config.spec_of(site.layer) if _why_not(site, config) is None else None
         else:
-            own = specs.get(_strip_head_prefix(model, site.path))
+            own = specs.get(bare_path(model, site.path))
         if own is None:
             continue
         if site.obstacle is not None:
@@ -423,7 +423,8 @@ def _is_below(path: str, prefix: str) -> bool:
     return not prefix or path == prefix or path.startswith(prefix + ".")
 
 
-def _strip_head_prefix(model: PreTrainedModel, path: str) -> str:
+def bare_path(model: PreTrainedModel, path: str) -> str:
+    """Returns the path of a module without the prefix that a model with a task head puts before it."""
     prefix = model.base_model_prefix
     if prefix and hasattr(model, prefix):
         return path.removeprefix(prefix + ".")
