@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .attention import IMPLEMENTATION
+from .attention import IMPLEMENTATIONS
 from .core import CHILD_NAME, PolyAttention
 from .errors import CheckpointError, PatchError
 from .patch import SAVED_MODULES, is_patched
@@ -92,9 +92,10 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             f"{source}: {CONFIG_KEY} names polynomial attention at {absent[:5]}{' …' if len(absent) > 5 else ''}, but "
             f"{type(model).__name__} has no such modules and the checkpoint no such tensors. {_AGAIN}"
         )
-    if getattr(model.config, "_attn_implementation", None) == IMPLEMENTATION and not is_patched(model):
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation in IMPLEMENTATIONS and not is_patched(model):
         raise PatchError(
-            f"{source}: attn_implementation is {IMPLEMENTATION!r}, but there is no {CONFIG_KEY} and the model would "
+            f"{source}: attn_implementation is {implementation!r}, but there is no {CONFIG_KEY} and the model would "
             "silently be softmax. Load it with attn_implementation='sdpa' and call patch_model(model, spec)."
         )
 

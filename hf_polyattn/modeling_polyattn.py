@@ -25,7 +25,7 @@ try:
 except ImportError:
     hf_polyattn = None  # type: ignore[assignment]
 
-NAME = "polyattn"  # what the config calls this attention
+NAME = "polyattn (pip install hf_polyattn)"  # what config.json calls this attention; refusals quote it
 ROWS_AT_ONCE = 256  # queries whose weights are formed together
 EPSILON = 1e-37
 FIX = "pip install hf_polyattn, and import it before loading this model."

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import IMPLEMENTATION
+from .attention import IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION
 from .core import CHILD_NAME, PolyAttention
 from .errors import BackendError, PatchError, SpecError
 from .families import AttentionSite, attention_sites
@@ -276,9 +276,9 @@ def attach_saved(model: PreTrainedModel) -> None:
             site.module.add_module(CHILD_NAME, _new_child(site, dataclasses.replace(config, spec=own, layer_specs=())))
     for owner in governing_configs(model):
         softmax = owner.config._attn_implementation
-        if softmax == IMPLEMENTATION and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
+        if softmax in IMPLEMENTATIONS and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
             softmax = getattr(owner.config, CONFIG_KEY)["softmax_implementation"]
-        elif softmax == IMPLEMENTATION:  # from a checkpoint, whose `attn_implementation` was consumed at load
+        elif softmax in IMPLEMENTATIONS:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
         _arm(owner, config, softmax)
 
@@ -324,7 +324,7 @@ def _arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementat
     """Makes a config run "polyattn", and a Transformers without the plugin refuse to load it."""
     state = {**patch.to_dict(), "modules": owner.specs, "softmax_implementation": softmax_implementation}
     setattr(owner.config, CONFIG_KEY, state)
-    owner.config.attn_implementation = IMPLEMENTATION
+    owner.config.attn_implementation = SAVED_IMPLEMENTATION
     owner.config._attn_implementation_internal = IMPLEMENTATION
 
 
@@ -437,7 +437,8 @@ def _describe(sites: list[AttentionSite], config: PolyAttentionConfig) -> Descri
         spec, status = "softmax", _why_not(site, config) or "can be patched"
         if CHILD_NAME in site.module._modules:
             spec, status = str(active_child(site.module).config), "patched"
-            if site.module.config._attn_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
-                status = f"patched, but running {site.module.config._attn_implementation}"  # type: ignore[union-attr]
+            config_of_module: Any = site.module.config
+            if config_of_module._attn_implementation not in IMPLEMENTATIONS:
+                status = f"patched, but running {config_of_module._attn_implementation}"
         rows.append((site.path, site.class_name, site.layer, site.heads, site.head_dim, spec, status))
     return Description(tuple(rows))

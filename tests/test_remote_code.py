@@ -106,7 +106,7 @@ def test_trusted_code_runs_without_the_package(name: str, exported: Path, tmp_pa
 
 
 def test_untrusted_code_is_not_run(exported: Path, tmp_path: Path) -> None:
-    assert "polyattn" in run(REFUSED, tmp_path, exported / "gpt2-zinc")
+    assert "pip install hf_polyattn" in run(REFUSED, tmp_path, exported / "gpt2-zinc")
     assert not (tmp_path / "modules").exists()
 
 
