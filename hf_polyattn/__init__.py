@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TrainingError,
         UnsupportedArgumentError,
     )
+    from .hub_kernel import export_kernel
     from .layerwise import match_layers
     from .monitor import Monitor
     from .ops import polynomial_attention
@@ -69,6 +70,7 @@ _HOME = {
     "describe": "patch",
     "diagnose": "diagnosis",
     "distill": "distillation",
+    "export_kernel": "hub_kernel",
     "export_remote_code": "remote_code",
     "is_patched": "patch",
     "match_layers": "layerwise",
@@ -108,6 +110,7 @@ __all__ = [
     "describe",
     "diagnose",
     "distill",
+    "export_kernel",
     "export_remote_code",
     "is_patched",
     "match_layers",

@@ -161,8 +161,8 @@ FLOORS = {
     3: {"attention", "families", "masking", "patch"},
     4: {"capture", "checkpoint", "fitting", "inspection", "training"},
     5: {
-        "bench", "calibration", "diagnosis", "examples", "hub", "layerwise", "modeling_polyattn", "monitor", "quality",
-        "remote_code",
+        "bench", "calibration", "diagnosis", "examples", "hub", "hub_kernel", "layerwise", "modeling_polyattn",
+        "monitor", "quality", "remote_code",
     },
     6: {"distillation"},
     7: {"alignment", "annealing", "conversion"},
