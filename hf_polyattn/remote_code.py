@@ -32,10 +32,14 @@ def export_remote_code(folder: str | os.PathLike[str]) -> Path:
         The path of the file.
 
     Raises:
-        PatchError: the model in the folder is not patched, or its class is not one of Transformers.
+        PatchError: the folder holds no model, one that is not patched, or one whose class is not of Transformers.
         CheckpointError: the model in the folder is damaged.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise PatchError(
+            f"{folder} holds no saved model: there is no config.json. Save one with save_pretrained first."
+        )
     config = AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:

@@ -133,7 +133,9 @@ def test_every_head_of_a_family_is_exported(exported: Path) -> None:
     assert '"encoder.layer.0.attention.self": (12, 32),' in code
 
 
-def test_only_polynomial_models_are_exported(checkpoint: Any) -> None:
+def test_only_polynomial_models_are_exported(checkpoint: Any, tmp_path: Path) -> None:
+    with pytest.raises(hp.PatchError, match=r"holds no saved model: there is no config.json"):
+        hp.export_remote_code(tmp_path)
     with pytest.raises(hp.PatchError, match=r"is softmax and needs no code; call patch_model"):
         hp.export_remote_code(checkpoint("gpt2-zinc"))
     assert not (checkpoint("gpt2-zinc") / "modeling_polyattn.py").exists()
