@@ -147,6 +147,12 @@ class PolynomialModel(PreTrainedModel):  # type: ignore[misc]
         super().post_init()
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or []), "polyattn"}
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model; refuses to return attention weights, which are never formed as a whole."""
+        if hf_polyattn is None and kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(f"output_attentions: this file forms no attention weights. {FIX}")
+        return super().__call__(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Loads the model; refuses a checkpoint that lacks polynomials."""

@@ -64,6 +64,12 @@ with torch.no_grad():
 error = lambda name: float((logits - case[name]).abs().max() / case[name].abs().max())
 low = auto_class.from_pretrained(file, trust_remote_code=True, dtype=torch.bfloat16)
 kinds = {str(value.dtype) for key, value in low.half().state_dict().items() if "polyattn" in key}
+try:
+    model(**case["inputs"], output_attentions=True)
+except ValueError as refusal:
+    assert "pip install hf_polyattn" in str(refusal)
+else:
+    raise AssertionError("attention weights")
 if model.can_generate():
     ids = case["inputs"]["input_ids"][:1, :5]
     greedy = [model.double().generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0)
