@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +22,19 @@ _MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each
 _AGAIN = "Download the checkpoint again (force_download=True), or calibrate the model and save it again."
 
 
-def check_files(config: PreTrainedConfig, files: Sequence[str] | None, state_dict: Mapping[str, Tensor] | None) -> None:
+def check_files(
+    config: PreTrainedConfig,
+    files: Sequence[str] | None,
+    state_dict: Mapping[str, Tensor] | None,
+    sharded_metadata: Mapping[str, Any] | None,
+) -> None:
     """Checks the files of a checkpoint whose config names polynomials, and the polynomials in them, before loading.
 
     Args:
         config: the model's.
         files: that will be loaded.
         state_dict: what is loaded in place of files.
+        sharded_metadata: of the index of shards, if there is one: `weight_map` has their names.
 
     Raises:
         CheckpointError: a file that is not safetensors, cannot be read or lies outside the checkpoint's folder; a
@@ -39,9 +44,21 @@ def check_files(config: PreTrainedConfig, files: Sequence[str] | None, state_dic
         return
     if state_dict is not None:
         _check_tensors("the state dict", state_dict.items())
-    for file in files or () if state_dict is None else ():
-        _check_place(Path(file), Path(files[0]).parent if files else None)
-        _check_tensors(file, _polynomial_tensors(file))
+        return
+    shards = {Path(name) for name in (sharded_metadata or {}).get("weight_map", {}).values()}
+    for file in sorted({*shards, *map(Path, files or ())}):
+        if ".." in file.parts or (file in shards and file.is_absolute()):
+            raise CheckpointError(
+                f"{config.name_or_path or 'the checkpoint'}: the index of shards names {str(file)!r}, outside the "
+                "checkpoint's folder. Do not load this checkpoint; ask who made it for one that save_pretrained wrote."
+            )
+    for name in files or ():
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{name} is not a safetensors file, and polynomial models are loaded from no other: a pickle can run "
+                "code. Load it where you trust it and save it again with save_pretrained."
+            )
+        _check_tensors(name, _polynomial_tensors(name))
 
 
 def check_loaded(model: nn.Module, info: Any, source: str) -> None:
@@ -105,20 +122,6 @@ def _names_polynomials(config: PreTrainedConfig) -> bool:
         return True
     parts = (getattr(config, name, None) for name in config.sub_configs)
     return any(isinstance(part, PreTrainedConfig) and _names_polynomials(part) for part in parts)
-
-
-def _check_place(file: Path, folder: Path | None) -> None:
-    if file.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{file} is not a safetensors file, and polynomial models are loaded from no other: a pickle can run code. "
-            "Load it where you trust it and save it again with save_pretrained."
-        )
-    # An index of shards may name any path; what Transformers downloads from the Hub lies in one folder.
-    if folder is None or os.path.abspath(file.parent) != os.path.abspath(folder) or ".." in file.parts:
-        raise CheckpointError(
-            f"{file}, a shard that model.safetensors.index.json names, lies outside the checkpoint's folder. "
-            "Do not load this checkpoint; ask who made it for one that save_pretrained wrote."
-        )
 
 
 def _polynomial_tensors(file: str) -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,7 @@ def install_on_models(modeling_utils: Any) -> None:
     ) -> Any:
         from .checkpoint import check_files
 
-        check_files(config, checkpoint_files, state_dict)
+        check_files(config, checkpoint_files, state_dict, sharded_metadata)
         return get_dtype(dtype, checkpoint_files, config, sharded_metadata, state_dict, *args, **kwargs)
 
     @wraps(load)

@@ -157,6 +157,7 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
     ),
     "pickle": (pickled, CHECKPOINT, r"pytorch_model.bin is not a safetensors file.*a pickle can run code"),
     "shard-outside": (sharded("../outside.safetensors"), CHECKPOINT, r"outside.safetensors.*outside the checkpoint"),
+    "shard-anywhere": (sharded("/etc/shadow.safetensors"), CHECKPOINT, "'/etc/shadow.safetensors', outside"),
     "nan-coefficient": (fill("coefficients", float("nan")), CHECKPOINT, rf"model.safetensors.*{FIRST}.coef.*has NaN"),
     "inf-radius": (fill("radius", float("inf")), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*has NaN or inf"),
     "zero-radius": (fill("radius", 0.0), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*a radius is positive"),
