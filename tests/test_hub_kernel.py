@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hf_polyattn as hp
+from hf_polyattn.cli import app
 from hf_polyattn.hub_kernel import NAME, export_kernel
 
 # Not in the environment of the other tests: where Transformers finds it, it may look for kernels of its own.
@@ -134,6 +136,13 @@ def test_the_sources_are_the_packages_own(kernel: Path) -> None:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.level == 0:
                     assert str(node.module).partition(".")[0] in sys.stdlib_module_names | {"torch", "triton"}
+
+
+def test_the_command_line_exports_it(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["export-kernel", str(tmp_path / "kernel")])
+    assert result.exit_code == 0
+    assert "kernels.get_local_kernel loads it" in result.output
+    assert (tmp_path / "kernel" / "build" / "torch-cuda" / "metadata.json").exists()
 
 
 def test_builds_have_names_of_their_own(kernel: Path) -> None:

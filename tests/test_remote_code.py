@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hf_polyattn as hp
+from hf_polyattn.cli import app
 from hf_polyattn.patch import patched_layers
 
 CONFIGS = {
@@ -128,6 +130,16 @@ def test_with_the_package_its_code_runs(trust: bool, exported: Path, tmp_path: P
     assert len(patched_layers(model)) == 5
     with torch.no_grad():
         assert torch.equal(model(**case["inputs"])[0], case["logits"])
+
+
+def test_the_command_line_exports_code(exported: Path) -> None:
+    code = exported / "gpt2-zinc" / "modeling_polyattn.py"
+    written = code.read_text()
+    code.unlink()
+    result = CliRunner().invoke(app, ["export-code", str(code.parent)])
+    assert result.exit_code == 0
+    assert "trust_remote_code=True" in result.output
+    assert code.read_text() == written
 
 
 def test_every_head_of_a_family_is_exported(exported: Path) -> None:
