@@ -22,6 +22,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
+    CLIPVisionModel,
 )
 
 import hf_polyattn as hp
@@ -260,7 +261,7 @@ def test_shards_load_to_the_bit(saved: Path, batch: Any, tmp_path: Path) -> None
     assert not torch.equal(expected["softmax"], expected["logits"])
 
 
-def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path) -> None:
+def clip() -> CLIPModel:
     torch.manual_seed(0)
     text = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -270,7 +271,11 @@ def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path)
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
         "image_size": 32, "patch_size": 8,
     }  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+
+
+def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path) -> None:
+    model = clip()
     inputs = {"input_ids": torch.tensor([[3, 4, 5, 6, 2]])}
     softmax = output(model.text_model, inputs)
     polynomial(model)
@@ -286,6 +291,13 @@ def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path)
     assert len(patched_layers(whole)) == 4
     assert torch.equal(output(whole.text_model, inputs), expected)
     assert torch.equal(output(CLIPTextModel.from_pretrained(tmp_path / "clip"), inputs), expected)
+
+
+def test_the_softmax_half_of_a_patched_model_loads_alone(tmp_path: Path) -> None:
+    hp.patch_model(clip(), "poly3", include=["text_model*"]).save_pretrained(tmp_path)
+    assert len(patched_layers(CLIPModel.from_pretrained(tmp_path))) == 2
+    assert len(patched_layers(CLIPTextModel.from_pretrained(tmp_path))) == 2
+    assert not hp.is_patched(CLIPVisionModel.from_pretrained(tmp_path))
 
 
 def test_patched_layers_only_are_saved_and_loaded(pretrained: Any, polynomial: Any, batch: Any, tmp_path: Path) -> None:
