@@ -184,8 +184,9 @@ def attach(model: Any) -> None:
 
 
 if hf_polyattn is None:
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for name in (NAME, "polyattn"):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 # ---------------------------------------------------------------- this checkpoint
 
