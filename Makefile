@@ -9,10 +9,12 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := .cache/transformers-$(OLDEST_TRANSFORMERS)
+KERNELS_VERSION := 0.17.2
+KERNELS := .cache/kernels-$(KERNELS_VERSION)
 
 .PHONY: setup demo test test-gpu check format bench clean
 
-setup: $(VENV)/.done $(OLDEST)/.done
+setup: $(VENV)/.done $(OLDEST)/.done $(KERNELS)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +29,12 @@ $(OLDEST)/.done: $(VENV)/.done
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS) \
 		huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	touch $@
+
+# The loader of Hub kernels, for tests/test_hub_kernel.py; what it needs to verify signatures is left out.
+$(KERNELS)/.done: $(VENV)/.done
+	rm -rf $(KERNELS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) kernels==$(KERNELS_VERSION)
 	touch $@
 
 demo: $(VENV)/.done

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .errors import (
         BackendError,
         CalibrationError,
+        CheckpointError,
         DivergenceError,
         InputError,
         PatchError,
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
         TrainingError,
         UnsupportedArgumentError,
     )
+    from .hub_kernel import export_kernel
     from .layerwise import match_layers
     from .monitor import Monitor
     from .ops import polynomial_attention
     from .patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
     from .quality import similarity
+    from .remote_code import export_remote_code
     from .spec import PolyAttentionConfig, Polynomial
     from .training import TrainingReport, param_groups
 
@@ -45,6 +48,7 @@ _HOME = {
     "BackendError": "errors",
     "CalibrationError": "errors",
     "CalibrationReport": "calibration",
+    "CheckpointError": "errors",
     "Diagnosis": "diagnosis",
     "DivergenceError": "errors",
     "ConversionReport": "conversion",
@@ -68,6 +72,8 @@ _HOME = {
     "describe": "patch",
     "diagnose": "diagnosis",
     "distill": "distillation",
+    "export_kernel": "hub_kernel",
+    "export_remote_code": "remote_code",
     "is_patched": "patch",
     "match_layers": "layerwise",
     "model_card": "cards",
@@ -84,6 +90,7 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CalibrationReport",
+    "CheckpointError",
     "ConversionReport",
     "Diagnosis",
     "DivergenceError",
@@ -107,6 +114,8 @@ __all__ = [
     "describe",
     "diagnose",
     "distill",
+    "export_kernel",
+    "export_remote_code",
     "is_patched",
     "match_layers",
     "model_card",

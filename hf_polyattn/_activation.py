@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# The function of `hf_polyattn.hub` that each module is handed to.
+# The module and function of this package that each module is handed to.
 _HOOKS = {
-    "transformers.modeling_utils": "install_on_models",
-    "transformers.trainer": "install_on_trainer",
-    "peft.peft_model": "install_on_peft",
+    "transformers.configuration_utils": ("saved_config", "install_on_configs"),  # imported before torch
+    "transformers.modeling_utils": ("hub", "install_on_models"),
+    "transformers.trainer": ("hub", "install_on_trainer"),
+    "peft.peft_model": ("hub", "install_on_peft"),
 }
 
 
 def _run_hook(module: ModuleType) -> None:
-    from . import hub
-
-    getattr(hub, _HOOKS[module.__name__])(module)
+    home, function = _HOOKS[module.__name__]
+    getattr(import_module(f".{home}", __package__), function)(module)
 
 
 class _HookLoader(Loader):

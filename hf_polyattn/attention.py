@@ -16,19 +16,23 @@ from .errors import UnsupportedArgumentError
 from .masking import dense_mask, packed_mask, polyattn_mask, split_mask
 
 IMPLEMENTATION = "polyattn"
+# The same, as saved configs name it: a Transformers without this package quotes it when it refuses the model.
+SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
+IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
 
 # Arguments that change what softmax attention computes and that w = p(t) cannot carry.
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sinks", "cache", "attn_bias")
 
 
 def register(attention_interface: Any) -> None:
-    """Registers "polyattn" with Transformers: the attention function and the mask function.
+    """Registers "polyattn" with Transformers, and the name in saved configs: attention function and mask function.
 
     Args:
         attention_interface: `transformers.modeling_utils.AttentionInterface`, which imports this package's hooks.
     """
-    attention_interface.register(IMPLEMENTATION, polyattn_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, polyattn_mask)
+    for name in IMPLEMENTATIONS:
+        attention_interface.register(name, polyattn_forward)
+        AttentionMaskInterface.register(name, polyattn_mask)
 
 
 def polyattn_forward(

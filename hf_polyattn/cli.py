@@ -1,4 +1,4 @@
-"""The command line: `polyattn describe`, `patch`, `calibrate`, `diagnose`, `push`, `bench` and `build`.
+"""The command line: `polyattn describe`, `patch`, `calibrate`, `diagnose`, `push`, `bench`, `build` and exports.
 
 Models are local folders or Hub ids, data sets too; a saved model is whole or absent.
 """
@@ -198,6 +198,23 @@ def build() -> None:
     from .ops.build import build as build_kernels
 
     typer.echo(build_kernels())
+
+
+@app.command()
+def export_code(model: Annotated[Path, typer.Argument(help="Folder of a saved polynomial model.")]) -> None:
+    """Write code beside a saved model that runs it without this package, for those who trust it."""
+    from .remote_code import export_remote_code
+
+    written = export_remote_code(model)
+    typer.echo(f"written to {written}; trust_remote_code=True runs it where hf_polyattn is not installed")
+
+
+@app.command()
+def export_kernel(output: Annotated[Path, typer.Argument(help="Folder of the kernel; replaced if it is one.")]) -> None:
+    """Write the operator as a kernel of the Hub, which the package `kernels` loads."""
+    from .hub_kernel import export_kernel as write_kernel
+
+    typer.echo(f"written to {write_kernel(output)}; kernels.get_local_kernel loads it")
 
 
 def _load(model: str, device: str | None) -> tuple[Any, Any]:

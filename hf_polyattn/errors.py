@@ -27,6 +27,10 @@ class UnsupportedArgumentError(PolyAttnError):
     """An attention argument of a model that polynomial attention cannot honour."""
 
 
+class CheckpointError(PolyAttnError):
+    """A saved polynomial model that is damaged, incomplete or not safe to load."""
+
+
 class CalibrationError(PolyAttnError):
     """Calibration data or models from which no coefficients can be computed."""
 

@@ -30,17 +30,18 @@ _PUSH_DOCUMENTATION = """
 
 
 def install_on_models(modeling_utils: Any) -> None:
-    """Registers "polyattn" and makes models build their polynomial modules when their config names them.
+    """Registers "polyattn" and makes models build and check their polynomial modules when their config names them.
 
     Wraps methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its modules exist;
-    `_initialize_weights`, which fills parameters that a checkpoint does not have;
-    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have; `load_adapter`, which
-    must not leave trained polynomials out; and `push_to_hub` and `_upload_modified_files`, for the model card.
+    `_initialize_weights`, which fills parameters that a checkpoint does not have; `_load_pretrained_model`, after which
+    it is known what a checkpoint has; `load_adapter`, which must not leave trained polynomials out; and `push_to_hub`
+    and `_upload_modified_files`, for the model card. And `_get_dtype`, the first function of a load that knows both the
+    config and the files, and that may read them.
     """
     register(modeling_utils.AttentionInterface)
     model_class = modeling_utils.PreTrainedModel
     post_init, initialize = model_class.post_init, model_class._initialize_weights
-    adjust_keys = model_class._adjust_missing_and_unexpected_keys
+    load, get_dtype = model_class._load_pretrained_model, modeling_utils._get_dtype
     push_to_hub, upload = model_class.push_to_hub, model_class._upload_modified_files
     load_adapter = model_class.load_adapter
 
@@ -61,10 +62,31 @@ def install_on_models(modeling_utils: Any) -> None:
             _reset_missing(module)
             module._is_hf_initialized = True  # type: ignore[assignment]
 
-    @wraps(adjust_keys)
-    def adjust_keys_with_polyattn(self: Any, loading_info: Any, *args: Any, **kwargs: Any) -> None:
-        _refuse_softmax(self, loading_info.unexpected_keys)
-        adjust_keys(self, loading_info, *args, **kwargs)
+    @wraps(get_dtype)
+    def get_dtype_with_polyattn(
+        dtype: Any,
+        checkpoint_files: Any,
+        config: Any,
+        sharded_metadata: Any,
+        state_dict: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        from .checkpoint import check_files
+
+        check_files(config, checkpoint_files, state_dict, sharded_metadata)
+        return get_dtype(dtype, checkpoint_files, config, sharded_metadata, state_dict, *args, **kwargs)
+
+    @wraps(load)
+    def load_with_polyattn(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from .checkpoint import check_loaded
+
+        result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if not args and not kwargs:  # `expected_keys`: an adapter's, not the model's
+            check_loaded(model, result[0], str(load_config.pretrained_model_name_or_path or "the state dict"))
+        return result
 
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,10 +120,11 @@ def install_on_models(modeling_utils: Any) -> None:
     push_with_card.__doc__ = (push_to_hub.__doc__ or "") + _PUSH_DOCUMENTATION
     model_class.post_init = post_init_with_polyattn
     model_class._initialize_weights = initialize_with_polyattn
-    model_class._adjust_missing_and_unexpected_keys = adjust_keys_with_polyattn
+    model_class._load_pretrained_model = staticmethod(load_with_polyattn)
     model_class.load_adapter = load_adapter_with_polyattn
     model_class.push_to_hub = push_with_card
     model_class._upload_modified_files = upload_with_card
+    modeling_utils._get_dtype = get_dtype_with_polyattn
 
 
 def install_on_trainer(trainer: Any) -> None:
@@ -192,31 +215,13 @@ def _reset_missing(layer: PolyAttention) -> None:
         tensor.copy_(value)
 
 
-def _refuse_softmax(model: Any, unexpected_keys: Iterable[str]) -> None:
-    """Raises PatchError if a checkpoint has polynomials for modules that the model would run as softmax."""
-    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-    softmax = set()
-    for path in _polynomial_paths(unexpected_keys):
-        # The checkpoint may be of the bare model and this one have a head, or the other way round.
-        softmax.update({path, prefix + path, path.removeprefix(prefix)} & modules.keys())
-    if softmax:
-        raise PatchError(
-            f"the checkpoint has polynomial attention at {sorted(softmax)}, but the config given to "
-            f"{type(model).__name__} does not say so and it would silently be softmax. Load the checkpoint with "
-            "its own config, or call unpatch_model(model) before saving it."
-        )
-
-
 def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:
     """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax."""
-    softmax = _polynomial_paths(unexpected_keys)
+    from .checkpoint import polynomial_paths
+
+    softmax = polynomial_paths(unexpected_keys)
     if softmax:
         raise PatchError(
             f"the adapter has trained polynomial attention at {sorted(softmax)}, but the base model is softmax "
             "there. Call patch_model(base_model, spec) with the spec of the training before loading the adapter."
         )
-
-
-def _polynomial_paths(keys: Iterable[str]) -> set[str]:
-    """Returns the paths of the attention modules to whose polynomials state dict keys belong."""
-    return {path for path, found, _ in (key.partition(f".{CHILD_NAME}.") for key in keys) if found}

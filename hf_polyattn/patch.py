@@ -14,14 +14,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import IMPLEMENTATION
+from .attention import IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION
 from .core import CHILD_NAME, PolyAttention
-from .errors import PatchError
+from .errors import BackendError, PatchError, SpecError
 from .families import AttentionSite, attention_sites
 from .ops.backends import check_name
+from .saved_config import CONFIG_KEY, read_state
 from .spec import PolyAttentionConfig, Polynomial
 
-CONFIG_KEY = "polyattn_config"
+# Where a model keeps the `modules` of the config that it was built from; None if that was written by hand.
+SAVED_MODULES = "_polyattn_saved_modules"
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -213,7 +215,7 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     for prefix, submodel in root.named_modules():
         if isinstance(submodel, PreTrainedModel) and id(submodel.config) not in found:
             below = {
-                _strip_head_prefix(submodel, path[len(prefix) :].lstrip(".")): spec
+                bare_path(submodel, path[len(prefix) :].lstrip(".")): spec
                 for path, spec in specs.items()
                 if _is_below(path, prefix)
             }
@@ -240,47 +242,45 @@ def attach_saved(model: PreTrainedModel) -> None:
     """Adds the child modules that `model.config.polyattn_config` names, before weights are loaded.
 
     Runs for each submodel while a model is built; paths that are not below this one are left to the others.
+    Notes under SAVED_MODULES what the config named, before it is brought up to date with what was found.
 
     Raises:
-        SpecError: the saved config cannot be read.
+        SpecError: the saved config cannot be read, or its backend does not exist.
         PatchError: a named module exists but cannot be patched.
     """
     state = getattr(model.config, CONFIG_KEY, None)
     if state is None:
         return
-    config = config_from_state(state)
-    specs = state.get("modules") if isinstance(state, Mapping) else None
+    source = f"the config of {model.config.name_or_path or type(model).__name__}"
+    config = read_state(state, source)
+    try:
+        check_name(config.backend)
+    except BackendError as error:
+        raise SpecError(f"{source}: {error}") from None
+    specs = state.get("modules")
+    inner = [part for part in model.modules() if part is not model and getattr(part, "config", None) is model.config]
+    noted = [getattr(part, SAVED_MODULES) for part in inner if hasattr(part, SAVED_MODULES)]
+    setattr(model, SAVED_MODULES, noted[0] if noted else specs)
     for site in attention_sites(model):
         if specs is None:  # written by hand beside a softmax checkpoint
             own = config.spec_of(site.layer) if _why_not(site, config) is None else None
         else:
-            own = specs.get(_strip_head_prefix(model, site.path))
+            own = specs.get(bare_path(model, site.path))
         if own is None:
             continue
         if site.obstacle is not None:
-            raise PatchError(f"the checkpoint has a polynomial {site.path!r}, but {site.obstacle}")
+            raise PatchError(
+                f"{source} names a polynomial at {site.path!r}, but {site.obstacle}. Save the model again."
+            )
         if CHILD_NAME not in site.module._modules:
             site.module.add_module(CHILD_NAME, _new_child(site, dataclasses.replace(config, spec=own, layer_specs=())))
-    if not is_patched(model):
-        return
     for owner in governing_configs(model):
         softmax = owner.config._attn_implementation
-        if softmax == IMPLEMENTATION and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
+        if softmax in IMPLEMENTATIONS and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
             softmax = getattr(owner.config, CONFIG_KEY)["softmax_implementation"]
-        elif softmax == IMPLEMENTATION:  # from a checkpoint, whose `attn_implementation` was consumed at load
+        elif softmax in IMPLEMENTATIONS:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
         _arm(owner, config, softmax)
-
-
-def config_from_state(state: Any) -> PolyAttentionConfig:
-    """Returns the `PolyAttentionConfig` in a model's `polyattn_config`.
-
-    Raises:
-        SpecError: it cannot be read.
-    """
-    if isinstance(state, Mapping):
-        state = {key: value for key, value in state.items() if key not in ("modules", "softmax_implementation")}
-    return PolyAttentionConfig.from_dict(state)
 
 
 def reconfigure(model: nn.Module, **changes: Any) -> None:
@@ -324,7 +324,7 @@ def _arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementat
     """Makes a config run "polyattn", and a Transformers without the plugin refuse to load it."""
     state = {**patch.to_dict(), "modules": owner.specs, "softmax_implementation": softmax_implementation}
     setattr(owner.config, CONFIG_KEY, state)
-    owner.config.attn_implementation = IMPLEMENTATION
+    owner.config.attn_implementation = SAVED_IMPLEMENTATION
     owner.config._attn_implementation_internal = IMPLEMENTATION
 
 
@@ -423,7 +423,8 @@ def _is_below(path: str, prefix: str) -> bool:
     return not prefix or path == prefix or path.startswith(prefix + ".")
 
 
-def _strip_head_prefix(model: PreTrainedModel, path: str) -> str:
+def bare_path(model: PreTrainedModel, path: str) -> str:
+    """Returns the path of a module without the prefix that a model with a task head puts before it."""
     prefix = model.base_model_prefix
     if prefix and hasattr(model, prefix):
         return path.removeprefix(prefix + ".")
@@ -436,7 +437,8 @@ def _describe(sites: list[AttentionSite], config: PolyAttentionConfig) -> Descri
         spec, status = "softmax", _why_not(site, config) or "can be patched"
         if CHILD_NAME in site.module._modules:
             spec, status = str(active_child(site.module).config), "patched"
-            if site.module.config._attn_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
-                status = f"patched, but running {site.module.config._attn_implementation}"  # type: ignore[union-attr]
+            config_of_module: Any = site.module.config
+            if config_of_module._attn_implementation not in IMPLEMENTATIONS:
+                status = f"patched, but running {config_of_module._attn_implementation}"
         rows.append((site.path, site.class_name, site.layer, site.heads, site.head_dim, spec, status))
     return Description(tuple(rows))

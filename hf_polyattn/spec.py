@@ -167,15 +167,20 @@ class PolyAttentionConfig:
         """Returns the config that `to_dict` wrote.
 
         Raises:
-            SpecError: not a mapping, another format version, or a key that this version does not know.
+            SpecError: not a mapping, no or another format version, or a key that this version does not know.
         """
         if not isinstance(data, Mapping):
             raise SpecError(f"a polyattn config is a mapping, got {type(data).__name__}")
-        version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if "format_version" not in data:
+            raise SpecError(
+                f'polyattn config has no format_version; write "format_version": {FORMAT_VERSION} if it is one of this '
+                "hf_polyattn, or patch and save the model again."
+            )
+        version = data["format_version"]
+        if type(version) is not int or version != FORMAT_VERSION:
             raise SpecError(
                 f"polyattn config has format_version {version!r}; this hf_polyattn reads {FORMAT_VERSION}. "
-                "Install the hf_polyattn that wrote it, or patch and save the model again."
+                "Install the hf_polyattn that wrote it (pip install --upgrade hf_polyattn), or patch and save again."
             )
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known - {"format_version"})

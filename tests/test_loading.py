@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -22,6 +22,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
+    CLIPVisionModel,
 )
 
 import hf_polyattn as hp
@@ -98,7 +99,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.pt")):
         getattr(transformers, torch.load(file)["class"]).from_pretrained(file.with_suffix(""))
         print(file.stem, "loaded")
     except ValueError as error:
-        print(file.stem, "refused", "polyattn" in str(error))
+        print(file.stem, "refused", "pip install hf_polyattn" in str(error).splitlines()[0])
 assert "hf_polyattn" not in sys.modules
 """
 
@@ -119,12 +120,12 @@ def guard(folder: Path) -> tuple[str | None, bool]:
 
 @pytest.mark.parametrize("name", BASE)
 def test_saving_again_keeps_the_guard(name: str, saved: Path, tmp_path: Path) -> None:
-    assert guard(saved / name) == ("polyattn", True)
+    assert guard(saved / name) == ("polyattn (pip install hf_polyattn)", True)
     AutoModel.from_pretrained(saved / name).save_pretrained(tmp_path)
-    assert guard(tmp_path) == ("polyattn", True)
+    assert guard(tmp_path) == ("polyattn (pip install hf_polyattn)", True)
     with hp.softmax_attention(model := AutoModel.from_pretrained(tmp_path)):
         model.save_pretrained(tmp_path / "again")
-    assert guard(tmp_path / "again") == ("polyattn", True)
+    assert guard(tmp_path / "again") == ("polyattn (pip install hf_polyattn)", True)
     hp.unpatch_model(model).save_pretrained(tmp_path / "softmax")
     assert guard(tmp_path / "softmax") == (None, False)
     assert not any("polyattn" in key for key in load_file(tmp_path / "softmax" / "model.safetensors"))
@@ -231,20 +232,6 @@ def test_a_hand_written_config_is_patched_like_patch_model(pretrained: Any, hand
     assert torch.equal(output(hp.unpatch_model(model), inputs), output(pretrained("gpt2-zinc"), inputs))
 
 
-@pytest.mark.usefixtures("poisoned")
-def test_tensors_that_a_checkpoint_has_are_kept_beside_missing_ones(saved: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(saved / "llama")
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.1.self_attn.polyattn.key_shift"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    original, partial = patched_layers(model)[1][1], patched_layers(AutoModel.from_pretrained(tmp_path))[1][1]
-    for key, value in original.state_dict().items():
-        expected = torch.zeros_like(value) if key == "key_shift" else value
-        assert torch.equal(partial.state_dict()[key], expected), key
-    assert original.key_shift.abs().max() > 0
-
-
 # ---------------------------------------------------------------- other heads, shards, submodels
 
 
@@ -274,7 +261,7 @@ def test_shards_load_to_the_bit(saved: Path, batch: Any, tmp_path: Path) -> None
     assert not torch.equal(expected["softmax"], expected["logits"])
 
 
-def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path) -> None:
+def clip() -> CLIPModel:
     torch.manual_seed(0)
     text = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -284,7 +271,11 @@ def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path)
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
         "image_size": 32, "patch_size": 8,
     }  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+
+
+def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path) -> None:
+    model = clip()
     inputs = {"input_ids": torch.tensor([[3, 4, 5, 6, 2]])}
     softmax = output(model.text_model, inputs)
     polynomial(model)
@@ -292,7 +283,7 @@ def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path)
     assert not torch.equal(expected, softmax)
 
     model.text_model.save_pretrained(tmp_path / "text")
-    assert guard(tmp_path / "text") == ("polyattn", True)
+    assert guard(tmp_path / "text") == ("polyattn (pip install hf_polyattn)", True)
     assert torch.equal(output(CLIPTextModel.from_pretrained(tmp_path / "text"), inputs), expected)
 
     model.save_pretrained(tmp_path / "clip")
@@ -300,6 +291,13 @@ def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path)
     assert len(patched_layers(whole)) == 4
     assert torch.equal(output(whole.text_model, inputs), expected)
     assert torch.equal(output(CLIPTextModel.from_pretrained(tmp_path / "clip"), inputs), expected)
+
+
+def test_the_softmax_half_of_a_patched_model_loads_alone(tmp_path: Path) -> None:
+    hp.patch_model(clip(), "poly3", include=["text_model*"]).save_pretrained(tmp_path)
+    assert len(patched_layers(CLIPModel.from_pretrained(tmp_path))) == 2
+    assert len(patched_layers(CLIPTextModel.from_pretrained(tmp_path))) == 2
+    assert not hp.is_patched(CLIPVisionModel.from_pretrained(tmp_path))
 
 
 def test_patched_layers_only_are_saved_and_loaded(pretrained: Any, polynomial: Any, batch: Any, tmp_path: Path) -> None:

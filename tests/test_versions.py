@@ -18,6 +18,7 @@ SMOKE = """
 import sys, tempfile
 import torch, transformers
 import hf_polyattn as hp
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 torch.set_num_threads(1)
@@ -67,6 +68,18 @@ for path, auto_class, kind in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]
         assert torch.equal(run(again)[0], run(model)[0])
         low = auto_class.from_pretrained(folder, dtype=torch.bfloat16)
         assert {value.dtype for key, value in low.state_dict().items() if "polyattn" in key} == {torch.float32}
+        if model.can_generate():
+            tensors = load_file(f"{folder}/model.safetensors")
+            radius = next(key for key in tensors if key.endswith("polyattn.radius"))
+            for wrong, message in (({**tensors, radius: -tensors[radius]}, "positive"), ({}, "missing")):
+                kept = wrong or {key: value for key, value in tensors.items() if key != radius}
+                save_file(kept, f"{folder}/model.safetensors", metadata={"format": "pt"})
+                try:
+                    auto_class.from_pretrained(folder)
+                except hp.CheckpointError as error:
+                    assert message in str(error) and radius.rpartition(".")[0] in str(error), error
+                else:
+                    raise AssertionError(f"loaded with a radius that is not {message}")
     with hp.softmax_attention(again):
         assert torch.equal(run(again)[0], softmax)
     hp.unpatch_model(model)

@@ -32,7 +32,13 @@ _SETTINGS = (
 _COEFFICIENTS, _CENTER, _NORMALIZER, _TENSOR_COUNT = 3, 6, 13, 9
 
 
-@torch.library.custom_op("polyattn::attention", mutates_args=(), schema=f"({_TENSORS}{_SETTINGS}) -> (Tensor, Tensor)")
+# "polyattn"; a copy under another name, such as the Hub kernel, registers operators of its own.
+_NAMESPACE = __name__.partition(".")[0].removeprefix("hf_")
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::attention", mutates_args=(), schema=f"({_TENSORS}{_SETTINGS}) -> (Tensor, Tensor)"
+)
 def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale that backward needs."""
     *call, backend = arguments
@@ -40,7 +46,7 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "polyattn::attention_backward",
+    f"{_NAMESPACE}::attention_backward",
     mutates_args=(),
     schema=(
         "(Tensor grad_output, Tensor output, Tensor row_scale, bool coefficients_grad, bool center_grad, "
