@@ -20,14 +20,15 @@ from .errors import PatchError
 def install_on_models(modeling_utils: Any) -> None:
     """Registers "polyattn" and makes models build their polynomial modules when their config names them.
 
-    Wraps three methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its
-    modules exist; `_initialize_weights`, which fills parameters that a checkpoint does not have; and
-    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have.
+    Wraps four methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its
+    modules exist; `_initialize_weights`, which fills parameters that a checkpoint does not have;
+    `_adjust_missing_and_unexpected_keys`, which hears of weights that a model does not have; and `save_pretrained`,
+    which writes the config of a model whose submodel was patched by itself.
     """
     register(modeling_utils.AttentionInterface)
     model_class = modeling_utils.PreTrainedModel
     post_init, initialize = model_class.post_init, model_class._initialize_weights
-    adjust_keys = model_class._adjust_missing_and_unexpected_keys
+    adjust_keys, save = model_class._adjust_missing_and_unexpected_keys, model_class.save_pretrained
 
     @wraps(post_init)
     def post_init_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +52,15 @@ def install_on_models(modeling_utils: Any) -> None:
         _refuse_softmax(self, loading_info.unexpected_keys)
         adjust_keys(self, loading_info, *args, **kwargs)
 
+    @wraps(save)
+    def save_with_guard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .patch import armed_configs
+
+        armed_configs(self)
+        return save(self, *args, **kwargs)
+
     model_class.post_init = post_init_with_polyattn
+    model_class.save_pretrained = save_with_guard
     model_class._initialize_weights = initialize_with_polyattn
     model_class._adjust_missing_and_unexpected_keys = adjust_keys_with_polyattn
 
