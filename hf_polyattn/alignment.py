@@ -127,7 +127,7 @@ def _loss(
 
     with ExitStack() as stack:
         for path, child in layers:
-            stack.enter_context(observing(path, child, inputs, observer))
+            stack.enter_context(observing(model, path, child, inputs, observer))
         divergence = divergence_from(teacher, model, inputs)
     return divergence + penalty * torch.stack(residuals).mean()
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .core import PolyAttention
 from .errors import CalibrationError
+from .masking import real_positions
 from .patch import patched_layers, pretrained_model
 
 
@@ -107,7 +108,7 @@ def observe(
             inputs = model_inputs(model, batch)
             with ExitStack() as stack:
                 for path, child in patched_layers(model):
-                    stack.enter_context(observing(path, child, inputs, observer))
+                    stack.enter_context(observing(root, path, child, inputs, observer))
                 model(**{**extra, **inputs})
     finally:
         model.train(training)
@@ -151,16 +152,20 @@ class Replay:
 
 
 @contextmanager
-def observing(path: str, child: PolyAttention, inputs: Mapping[str, Any], observer: Observer) -> Iterator[None]:
+def observing(
+    model: nn.Module, path: str, child: PolyAttention, inputs: Mapping[str, Any], observer: Observer
+) -> Iterator[None]:
     """Within, a patched attention module runs softmax, and the observer sees what it saw.
 
     Args:
+        model: patched.
         path: of the attention module.
         child: its `PolyAttention`.
         inputs: the model's, of which the padding is read.
         observer: called once for each forward pass.
     """
-    child.observer = partial(_deliver, observer, path, child, inputs)
+    decoder = "decoder" in path.split(".") and pretrained_model(model).config.is_encoder_decoder
+    child.observer = partial(_deliver, observer, path, child, real_positions(inputs, decoder=decoder))
     try:
         yield
     finally:
@@ -171,7 +176,7 @@ def _deliver(
     observer: Observer,
     path: str,
     child: PolyAttention,
-    inputs: Mapping[str, Any],
+    real: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -181,14 +186,6 @@ def _deliver(
     **pattern: Any,
 ) -> None:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    real = _real_rows(path, inputs, query)
+    if real is not None:  # of queries only: of cross-attention, the padding of the keys is in its mask
+        real = real.bool() if real.shape == (query.shape[0], query.shape[2]) else None
     observer(path, child, Observation(query, key, value, output, scaling=scaling, real=real, **pattern))
-
-
-def _real_rows(path: str, inputs: Mapping[str, Any], query: Tensor) -> Tensor | None:
-    """Returns which query rows are not padding, from the 2D mask that came with them."""
-    decoder = "decoder_input_ids" in inputs and "decoder" in path.split(".")
-    mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != (query.shape[0], query.shape[2]):
-        return None
-    return mask.bool()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .errors import InputError, PatchError
 from .layerwise import match_layers, matchable
+from .masking import real_positions
 from .patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
 from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, rows_of, train
 
@@ -138,7 +139,8 @@ def divergence(output: Any, target: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Returns how far a student's outputs are from its teacher's: the loss of `distill`, a float32 scalar.
 
     The relative squared error of the hidden states, mean over layers, plus the Kullback-Leibler divergence of
-    the logits, mean over positions; 0 for equal outputs. Padding, by `attention_mask`, is left out.
+    the logits, mean over positions; 0 for equal outputs. Padding, by `attention_mask`, is left out, and that of a
+    decoder by `decoder_attention_mask` or its labels.
 
     Args:
         output: the student's, a `ModelOutput` with the same fields as the teacher's.
@@ -149,8 +151,9 @@ def divergence(output: Any, target: Any, inputs: Mapping[str, Any]) -> Tensor:
         InputError: the teacher's outputs have neither.
     """
     terms = []
+    in_decoder = any(name.startswith("decoder") for name in target)
     for name, expected in target.items():
-        visible = inputs.get("decoder_attention_mask" if name.startswith("decoder") else "attention_mask")
+        visible = real_positions(inputs, decoder=in_decoder and not name.startswith("encoder"))
         if name.endswith("hidden_states"):
             errors = [_relative_error(*pair, visible) for pair in zip(output[name], expected, strict=True)]
             terms.append(torch.stack(errors).mean())

@@ -95,6 +95,8 @@ def _obstacle(module: nn.Module, heads: int, head_dim: int) -> str | None:
         return "its number of heads or head dim cannot be read"
     if not _SPARSE_KEYWORDS.isdisjoint(_mentions(type(module)).keywords):
         return "sparse attention that hides keys by other means than the mask"
+    if hasattr(module, "has_relative_attention_bias") and "position_bias" in _mentions(type(module)).keywords:  # T5
+        return "it passes 'position_bias', a bias on its scores that polynomial attention does not have"
     if implementation == "eager" and not hasattr(module, "is_causal"):
         return "it has no is_causal, so a missing mask could mean either"
     return _OBSTACLES.get(type(module).__name__)

@@ -30,20 +30,23 @@ _PUSH_DOCUMENTATION = """
 
 
 def install_on_models(modeling_utils: Any) -> None:
-    """Registers "polyattn" and makes models build and check their polynomial modules when their config names them.
+    """Registers "polyattn", and makes models build, load, save and push their polynomial modules.
 
-    Wraps methods of `PreTrainedModel`: `post_init`, which runs for every model and submodel once its modules exist;
-    `_initialize_weights`, which fills parameters that a checkpoint does not have; `_load_pretrained_model`, after which
-    it is known what a checkpoint has; `load_adapter`, which must not leave trained polynomials out; and `push_to_hub`
-    and `_upload_modified_files`, for the model card. And `_get_dtype`, the first function of a load that knows both the
-    config and the files, and that may read them.
+    Wraps what each of these goes through in `transformers.modeling_utils`.
     """
     register(modeling_utils.AttentionInterface)
-    model_class = modeling_utils.PreTrainedModel
-    post_init, initialize = model_class.post_init, model_class._initialize_weights
-    load, get_dtype = model_class._load_pretrained_model, modeling_utils._get_dtype
-    push_to_hub, upload = model_class.push_to_hub, model_class._upload_modified_files
-    load_adapter = model_class.load_adapter
+    _install_building(modeling_utils.PreTrainedModel)
+    _install_loading(modeling_utils, modeling_utils.PreTrainedModel)
+    _install_pushing(modeling_utils.PreTrainedModel)
+
+
+def _install_building(model_class: Any) -> None:
+    """Makes models build the polynomial modules that their config names, and name those that they have.
+
+    `post_init` runs for every model and submodel once its modules exist, `_initialize_weights` fills parameters that a
+    checkpoint does not have, and `save_pretrained` writes the config of a model whose submodel was patched by itself.
+    """
+    post_init, initialize, save = model_class.post_init, model_class._initialize_weights, model_class.save_pretrained
 
     @wraps(post_init)
     def post_init_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +64,27 @@ def install_on_models(modeling_utils: Any) -> None:
         elif not getattr(module, "_is_hf_initialized", False):
             _reset_missing(module)
             module._is_hf_initialized = True  # type: ignore[assignment]
+
+    @wraps(save)
+    def save_with_guard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .patch import armed_configs
+
+        armed_configs(self)
+        return save(self, *args, **kwargs)
+
+    model_class.post_init = post_init_with_polyattn
+    model_class._initialize_weights = initialize_with_polyattn
+    model_class.save_pretrained = save_with_guard
+
+
+def _install_loading(modeling_utils: Any, model_class: Any) -> None:
+    """Checks checkpoints with polynomials: before they are read, and once it is known what they lack.
+
+    `_get_dtype` is the first function of a load that knows both the config and the files, and that may read them;
+    `_load_pretrained_model` returns what a checkpoint has; `load_adapter` must not leave trained polynomials out.
+    """
+    load, get_dtype = model_class._load_pretrained_model, modeling_utils._get_dtype
+    load_adapter = model_class.load_adapter
 
     @wraps(get_dtype)
     def get_dtype_with_polyattn(
@@ -94,6 +118,15 @@ def install_on_models(modeling_utils: Any) -> None:
         _refuse_adapter(getattr(result, "unexpected_keys", ()))
         return result
 
+    modeling_utils._get_dtype = get_dtype_with_polyattn
+    model_class._load_pretrained_model = staticmethod(load_with_polyattn)
+    model_class.load_adapter = load_adapter_with_polyattn
+
+
+def _install_pushing(model_class: Any) -> None:
+    """Lets pushes write the model card; all of them go through `_upload_modified_files`."""
+    push_to_hub, upload = model_class.push_to_hub, model_class._upload_modified_files
+
     @wraps(push_to_hub)
     def push_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _has_polynomials(self):
@@ -118,13 +151,8 @@ def install_on_models(modeling_utils: Any) -> None:
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     push_with_card.__doc__ = (push_to_hub.__doc__ or "") + _PUSH_DOCUMENTATION
-    model_class.post_init = post_init_with_polyattn
-    model_class._initialize_weights = initialize_with_polyattn
-    model_class._load_pretrained_model = staticmethod(load_with_polyattn)
-    model_class.load_adapter = load_adapter_with_polyattn
     model_class.push_to_hub = push_with_card
     model_class._upload_modified_files = upload_with_card
-    modeling_utils._get_dtype = get_dtype_with_polyattn
 
 
 def install_on_trainer(trainer: Any) -> None:

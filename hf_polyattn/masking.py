@@ -8,7 +8,7 @@ asks and holds two numbers a query. Whatever else there is becomes the dense mas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -296,3 +296,22 @@ def visible_scores(mask: Tensor) -> Tensor:
             "attention cannot add to its scores. Allowed: 0 (visible) and values of -1e4 or less (masked)."
         )
     return visible
+
+
+def real_positions(inputs: Mapping[str, Any], *, decoder: bool = False) -> Tensor | None:
+    """Returns which positions of a batch are not padding, a 2D mask (B, T); None where that is not said.
+
+    Args:
+        inputs: of a model.
+        decoder: the positions of the decoder of an encoder–decoder model. Without `decoder_attention_mask` they are
+            those whose `labels` are not −100: the decoder's inputs are the labels, one place to the right. Without any
+            decoder inputs they are the encoder's, of which models then make them.
+    """
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    if decoder and "decoder_attention_mask" in inputs:
+        mask = inputs["decoder_attention_mask"]
+    elif decoder and isinstance(labels, Tensor) and labels.dim() == 2:
+        mask = labels != -100
+    elif decoder and not {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs):
+        mask = None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

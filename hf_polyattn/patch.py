@@ -95,7 +95,7 @@ def unpatch_model(model: AnyModule) -> AnyModule:
     """
     root = pretrained_model(model)
     _require_patched(root)
-    owners = governing_configs(root)
+    owners = armed_configs(root)
     for _, module in _patched_modules(root):
         del module._modules[CHILD_NAME]
     for owner in owners:
@@ -115,7 +115,7 @@ def softmax_attention(model: nn.Module) -> Iterator[None]:
     """
     root = pretrained_model(model)
     _require_patched(root)
-    configs = [owner.config for owner in governing_configs(root)]
+    configs = [owner.config for owner in armed_configs(root)]
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -226,6 +226,18 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     return list(found.values())
 
 
+def armed_configs(root: PreTrainedModel) -> list[GoverningConfig]:
+    """Returns the governing configs of a patched model, each with its guard.
+
+    Where a submodel was patched by itself, the models around it do not know: their configs get theirs here.
+    """
+    owners = governing_configs(root)
+    for owner in owners:
+        if not hasattr(owner.config, CONFIG_KEY):
+            _arm(owner, patched_layers(root)[0][1].config, owner.config._attn_implementation)
+    return owners
+
+
 def active_child(module: nn.Module) -> PolyAttention:
     """Returns the `PolyAttention` that a patched attention module runs."""
     child: Any = module._modules[CHILD_NAME]
@@ -250,6 +262,7 @@ def attach_saved(model: PreTrainedModel) -> None:
     """
     state = getattr(model.config, CONFIG_KEY, None)
     if state is None:
+        armed_configs(model)  # a submodel may have come patched
         return
     source = f"the config of {model.config.name_or_path or type(model).__name__}"
     config = read_state(state, source)
@@ -289,7 +302,7 @@ def reconfigure(model: nn.Module, **changes: Any) -> None:
     for module in root.modules():
         if isinstance(module, PolyAttention):
             module.configure(dataclasses.replace(module.config, **changes))
-    for owner in governing_configs(root):
+    for owner in armed_configs(root):
         getattr(owner.config, CONFIG_KEY).update(changes)
 
 
@@ -313,7 +326,7 @@ def change_specs(model: nn.Module, specs: Mapping[str, Polynomial]) -> None:
         for child in modules[path].modules():  # PEFT keeps copies
             if isinstance(child, PolyAttention) and child.config.spec != spec:
                 child.change_spec(spec)
-    for owner in governing_configs(root):
+    for owner in armed_configs(root):
         state = getattr(owner.config, CONFIG_KEY)
         state["modules"] = owner.specs
         if owner.specs:

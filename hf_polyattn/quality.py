@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .capture import model_inputs
 from .errors import InputError
+from .masking import real_positions
 from .patch import pretrained_model, softmax_attention
 from .training import evaluating, rows_of
 
@@ -41,7 +42,7 @@ def similarity(model: nn.Module, batches: Iterable[Any], teacher: nn.Module | No
             ours = _answers(model, inputs)
             with softmax_attention(model) if teacher is None else nullcontext():
                 softmax = _answers(model if teacher is None else teacher, inputs)
-            visible = inputs.get("attention_mask")
+            visible = real_positions(inputs, decoder=pretrained_model(model).config.is_encoder_decoder)
             ours, softmax = (rows_of(states, visible) for states in (ours, softmax))
             mean = softmax.mean(0) if len(softmax) > 1 else torch.zeros_like(softmax[0])
             cosines = torch.cosine_similarity(ours - mean, softmax - mean, dim=-1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -19,10 +20,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
     CLIPVisionModel,
+    pipeline,
 )
 
 import hf_polyattn as hp
@@ -249,6 +252,97 @@ def test_another_head_keeps_the_polynomials(saved: Path, batch: Any, tmp_path: P
     assert torch.equal(output(AutoModel.from_pretrained(tmp_path), inputs), output(base, inputs))
     with hp.softmax_attention(base):
         assert not torch.equal(output(base, inputs), output(model.bert, inputs))
+
+
+HEADS = {
+    "minilm": ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM"),
+    "gpt2-tinystories": ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"),
+    # LlamaForQuestionAnswering has a prefix of its own: Transformers loads no other class from it, softmax neither.
+    "llama": ("CausalLM", "SequenceClassification", "TokenClassification"),
+    "vit": ("ImageClassification", "MaskedImageModeling"),
+}
+
+
+@pytest.mark.parametrize(("name", "head"), [(name, head) for name, heads in HEADS.items() for head in heads])
+def test_every_head_takes_the_polynomials_and_gives_them_back(
+    name: str, head: str, saved: Path, batch: Any, tmp_path: Path
+) -> None:
+    inputs, base = batch(name), AutoModel.from_pretrained(saved / name).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "base").eval()
+    assert len(patched_layers(model)) == len(patched_layers(base)) > 0
+    for (_, ours), (_, expected) in zip(patched_layers(model), patched_layers(base), strict=True):
+        assert ours.config == expected.config
+        assert all(torch.equal(tensor, expected.state_dict()[key]) for key, tensor in ours.state_dict().items())
+    assert torch.equal(output(model.base_model, inputs), output(base, inputs))
+    model.save_pretrained(tmp_path / "head")
+    assert guard(tmp_path / "head") == ("polyattn", True)
+    back = AutoModel.from_pretrained(tmp_path / "head").eval()
+    assert torch.equal(output(back, inputs), output(base, inputs))
+    with hp.softmax_attention(base):
+        assert not torch.equal(output(back, inputs), output(base, inputs))
+
+
+# ---------------------------------------------------------------- ways to load
+
+WAYS = {
+    "device map": {"device_map": "auto"},
+    "device map by name": {"device_map": {"": "cpu"}},
+    "low memory": {"low_cpu_mem_usage": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16 by device map": {"dtype": torch.bfloat16, "device_map": "auto"},
+    "dtype of the file": {"dtype": "auto"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", BASE)
+def test_every_way_to_load_keeps_the_polynomials_in_float32(name: str, way: str, saved: Path, batch: Any) -> None:
+    case, auto_class = torch.load(saved / f"{name}.pt"), getattr(transformers, BASE[name])
+    expected = dict(patched_layers(auto_class.from_pretrained(saved / name)))
+    model = auto_class.from_pretrained(saved / name, **WAYS[way]).eval()
+    low = "bfloat16" in way
+    assert model.dtype == (torch.bfloat16 if low else torch.float32)
+    layers = dict(patched_layers(model))
+    assert layers.keys() == expected.keys()
+    for path, layer in layers.items():
+        for key, tensor in layer.state_dict().items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, expected[path].state_dict()[key]), key
+    if low:
+        inputs = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in case["inputs"].items()}
+        assert torch.isfinite(output(model, inputs)).all()
+    else:
+        assert torch.equal(output(model, case["inputs"]), case["logits"])
+
+
+def test_a_model_built_without_memory_takes_the_weights_later(saved: Path) -> None:
+    case = torch.load(saved / "llama.pt")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved / "llama")).eval()
+    assert len(patched_layers(model)) == 5
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    whole = AutoModelForCausalLM.from_pretrained(saved / "llama")
+    model.to_empty(device="cpu")
+    model.load_state_dict(whole.state_dict())
+    for name, buffer in whole.named_buffers():  # the rotary frequencies, which no checkpoint has
+        model.get_buffer(name).copy_(buffer)
+    assert torch.equal(output(model, case["inputs"]), case["logits"])
+
+
+def test_text_classification_pipeline(saved: Path, checkpoint: Any, rows: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(saved / "minilm").eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("minilm"))
+    tokenizer.save_pretrained(tmp_path)
+    sentence = rows("minilm", 1)[0]
+    found = pipeline("text-classification", str(tmp_path))(sentence)[0]["score"]
+    inputs = tokenizer(sentence, return_tensors="pt")
+    assert found == pytest.approx(float(output(model, inputs).softmax(-1).max()), rel=1e-5)
+    with hp.softmax_attention(model):
+        assert found != pytest.approx(float(output(model, inputs).softmax(-1).max()), rel=1e-2)
 
 
 def test_shards_load_to_the_bit(saved: Path, batch: Any, tmp_path: Path) -> None:

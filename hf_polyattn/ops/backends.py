@@ -138,10 +138,15 @@ def check_name(name: str) -> None:
 def select(name: str, problem: Problem) -> str:
     """Returns the name of the backend that runs `problem`.
 
+    An export is run by nobody here: `auto` is `reference` then, plain ATen that needs no package to read; to ONNX every
+    backend is, for it knows no operators of ours.
+
     Raises:
         BackendError: `name` does not exist, or cannot run the problem; it never falls back.
     """
     check_name(name)
+    if torch.onnx.is_in_onnx_export() or (name == "auto" and torch.compiler.is_exporting()):
+        return "reference"
     if name == "auto":
         return next(name for name, row in BACKENDS.items() if row.why_not(problem) is None and row.usable())
     reason = BACKENDS[name].why_not(problem)
