@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import hf_polyattn as hp
+from hf_polyattn.attention import SAVED_IMPLEMENTATION
 from hf_polyattn.patch import patched_layers
 
 HALVES = ("encoder", "decoder")
@@ -133,9 +134,9 @@ def test_one_half_of_an_encoder_decoder_is_polynomial(
     again.save_pretrained(tmp_path / "model")
     for folder in (tmp_path / "first", tmp_path / "model"):
         config = saved_config(folder)
-        assert guard(config[half]) == ("polyattn", True)
+        assert guard(config[half]) == (SAVED_IMPLEMENTATION, True)
         assert guard(config[other]) == (None, False)
-        assert guard(config) == ("polyattn", True)
+        assert guard(config) == (SAVED_IMPLEMENTATION, True)
     reloaded = VisionEncoderDecoderModel.from_pretrained(tmp_path / "model").eval()
     assert {path.split(".")[0] for path, _ in patched_layers(reloaded)} == {half}
     assert len(patched_layers(reloaded)) == layers
@@ -152,7 +153,7 @@ def test_a_half_saved_alone_loads_as_what_it_is(captioner: Any, polynomial: Any,
     polynomial(model, hp.PolyAttentionConfig("poly3", exclude=["decoder.*"]))
     model.encoder.save_pretrained(tmp_path / "encoder")
     model.decoder.save_pretrained(tmp_path / "decoder")
-    assert guard(saved_config(tmp_path / "encoder")) == ("polyattn", True)
+    assert guard(saved_config(tmp_path / "encoder")) == (SAVED_IMPLEMENTATION, True)
     assert guard(saved_config(tmp_path / "decoder")) == (None, False)
     pixels, text = {"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["decoder_input_ids"]}
     encoder = AutoModel.from_pretrained(tmp_path / "encoder").eval()
@@ -248,7 +249,7 @@ def test_one_half_of_a_dual_encoder_is_polynomial(half: str, polynomial: Any, tm
     model.save_pretrained(tmp_path / "first")
     CLIPModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "model")
     config = saved_config(tmp_path / "model")
-    assert guard(config) == guard(config[f"{half}_config"]) == ("polyattn", True)
+    assert guard(config) == guard(config[f"{half}_config"]) == (SAVED_IMPLEMENTATION, True)
     assert guard(config[f"{other}_config"]) == (None, False)
     reloaded = CLIPModel.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(output(getattr(reloaded, f"{half}_model"), inputs[half]), ours)

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, Repository
 
 import hf_polyattn as hp
+from hf_polyattn.attention import SAVED_IMPLEMENTATION
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {  # repository: checkpoint and what loads it
@@ -138,10 +139,7 @@ def test_a_push_is_one_commit_and_a_second_one_without_a_change_is_none(
         assert {"README.md", "config.json", "model.safetensors"} <= set(files)
         assert ("tokenizer.json" in files) == ("vit" not in repository)
         config = json.loads(files["config.json"].content)
-        assert (config["attn_implementation"], "polyattn_config" in config) == (
-            "polyattn (pip install hf_polyattn)",
-            True,
-        )
+        assert (config["attn_implementation"], "polyattn_config" in config) == (SAVED_IMPLEMENTATION, True)
     uploads = [request.path for request in pushed["requests"] if request.method == "PUT"]
     assert len(uploads) == len(set(uploads))  # no object twice
     shards = [path for path in hub.store.repositories["me/llama-shards"].head().files if path.endswith(".safetensors")]
@@ -516,6 +514,6 @@ def test_models_pushed_again_from_the_hub_keep_every_guard(trained: dict[str, An
     assert trained["pushed again"] is True
     for name in ("me/trained", "me/pushed-again", "me/merged"):
         config = json.loads(hub.store.repositories[name].head().files["config.json"].content)
-        assert config["attn_implementation"] == "polyattn (pip install hf_polyattn)"
+        assert config["attn_implementation"] == SAVED_IMPLEMENTATION
         assert config["polyattn_config"]["format_version"] == 1
         assert len(config["polyattn_config"]["modules"]) == config["num_hidden_layers"]

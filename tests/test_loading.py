@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import hf_polyattn as hp
+from hf_polyattn.attention import SAVED_IMPLEMENTATION
 from hf_polyattn.core import PolyAttention
 from hf_polyattn.patch import patched_layers
 
@@ -123,12 +124,12 @@ def guard(folder: Path) -> tuple[str | None, bool]:
 
 @pytest.mark.parametrize("name", BASE)
 def test_saving_again_keeps_the_guard(name: str, saved: Path, tmp_path: Path) -> None:
-    assert guard(saved / name) == ("polyattn (pip install hf_polyattn)", True)
+    assert guard(saved / name) == (SAVED_IMPLEMENTATION, True)
     AutoModel.from_pretrained(saved / name).save_pretrained(tmp_path)
-    assert guard(tmp_path) == ("polyattn (pip install hf_polyattn)", True)
+    assert guard(tmp_path) == (SAVED_IMPLEMENTATION, True)
     with hp.softmax_attention(model := AutoModel.from_pretrained(tmp_path)):
         model.save_pretrained(tmp_path / "again")
-    assert guard(tmp_path / "again") == ("polyattn (pip install hf_polyattn)", True)
+    assert guard(tmp_path / "again") == (SAVED_IMPLEMENTATION, True)
     hp.unpatch_model(model).save_pretrained(tmp_path / "softmax")
     assert guard(tmp_path / "softmax") == (None, False)
     assert not any("polyattn" in key for key in load_file(tmp_path / "softmax" / "model.safetensors"))
@@ -276,7 +277,7 @@ def test_every_head_takes_the_polynomials_and_gives_them_back(
         assert all(torch.equal(tensor, expected.state_dict()[key]) for key, tensor in ours.state_dict().items())
     assert torch.equal(output(model.base_model, inputs), output(base, inputs))
     model.save_pretrained(tmp_path / "head")
-    assert guard(tmp_path / "head") == ("polyattn", True)
+    assert guard(tmp_path / "head") == (SAVED_IMPLEMENTATION, True)
     back = AutoModel.from_pretrained(tmp_path / "head").eval()
     assert torch.equal(output(back, inputs), output(base, inputs))
     with hp.softmax_attention(base):
@@ -377,7 +378,7 @@ def test_a_submodel_saved_alone_keeps_its_guard(polynomial: Any, tmp_path: Path)
     assert not torch.equal(expected, softmax)
 
     model.text_model.save_pretrained(tmp_path / "text")
-    assert guard(tmp_path / "text") == ("polyattn (pip install hf_polyattn)", True)
+    assert guard(tmp_path / "text") == (SAVED_IMPLEMENTATION, True)
     assert torch.equal(output(CLIPTextModel.from_pretrained(tmp_path / "text"), inputs), expected)
 
     model.save_pretrained(tmp_path / "clip")
