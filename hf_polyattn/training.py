@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,12 +102,12 @@ def train(
 
     remaining = islice(_cycle(batches), len(losses), steps)
     bar = tqdm(remaining, total=steps, initial=len(losses), desc=title, unit="step", disable=not progress)
-    with bar, evaluating(model), ExitStack() as precision:
-        if accelerator is not None:
-            precision.enter_context(accelerator.autocast())
+    with bar, evaluating(model):
         for batch in bar:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            loss = loss_of(model, inputs)
+            # Entered anew each step: until autocast is left, it goes on with the weights that it has cast once.
+            with nullcontext() if accelerator is None else accelerator.autocast():
+                loss = loss_of(model, inputs)
             if accelerator is None:
                 loss.backward()  # type: ignore[no-untyped-call]
                 norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
@@ -53,6 +54,23 @@ def disagreement(model: PreTrainedModel, softmax: PreTrainedModel, batch: Batch)
     with torch.no_grad():
         ours, theirs = (m(**batch).logits.softmax(-1)[batch["attention_mask"].bool()] for m in (model, softmax))
     return 0.5 * (ours - theirs).abs().sum(-1).mean().item()
+
+
+def test_mixed_precision_trains_the_weights_that_it_computes_with(
+    student: PreTrainedModel, softmax: PreTrainedModel, batches: list[Batch]
+) -> None:
+    twin, before = copy.deepcopy(student), disagreement(student, softmax, batches[3])
+    distill(twin, batches[:3], steps=30, lr=1e-3, coefficient_lr=1e-4, progress=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        distill(student, batches[:3], steps=30, lr=1e-3, coefficient_lr=1e-4, accelerator=accelerator, progress=False)
+        student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    after = [disagreement(model, softmax, batches[3]) for model in (twin, student)]
+    assert after[0] < 0.8 * before
+    assert after[1] == pytest.approx(after[0], rel=0.1)
 
 
 def test_student_comes_closer_to_its_teacher_on_unseen_text(
