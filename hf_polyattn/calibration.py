@@ -5,9 +5,9 @@ output, and per head three things are computed in passes over the batches:
 
 1. the key shift μ_h and an offset, by regression of the rows' log partition sums on their queries, which puts
    all rows on one interval of scores;
-2. the largest shifted score, the top of that interval;
-3. for several widths of the interval, the coefficients: linear least squares for the fixed normalizers, the
-   ratio fit for l1, scaling and squaring for powers. The width that reproduces softmax's output best wins.
+2. the top of that interval: the largest shifted score, or the largest that few rows exceed;
+3. for these tops and several widths, the coefficients: linear least squares for the fixed normalizers, the
+   ratio fit for l1, scaling and squaring for powers. The interval that reproduces softmax's output best wins.
 
 Source: DESIGN.md, "Calibration in closed form".
 """

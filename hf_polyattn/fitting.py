@@ -19,9 +19,10 @@ from .spec import Polynomial
 # Widths of the score interval that are tried, in nats. Beyond 80, exp(-W) leaves the range of bf16 and fp32.
 WIDTHS = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0)
 POWER_WIDTHS = (8.0, 16.0, 24.0, 40.0, 56.0, 80.0)
-MARGIN = 0.5  # nats above the largest score seen, before the clamp acts
+MARGIN = 0.5  # nats above the largest score that an interval is to cover, before the clamp acts
+OUTLIERS = (0.0, 0.01)  # shares of a head's rows whose largest score an interval leaves out, that are tried
 RATIO_ROUNDS = 3
-RATIO_CANDIDATES = 2  # widths kept after the first round of the ratio fit
+RATIO_CANDIDATES = 2  # intervals kept after the first round of the ratio fit
 # lse_i ≈ shift_i + α log n_i, so that r_i · exp(x − shift_i) is what softmax computes
 ALPHA = {"rsqrt": 0.5, "mean": 1.0, "none": 0.0, "l1": 0.0}
 FLOOR = 1e-6  # of the largest value of p on the interval, below which an l1 polynomial may not fall
@@ -80,7 +81,7 @@ class Rows:
 
 
 class LayerFit:
-    """Sums over all rows of one attention module and what is solved from them. H heads, K = P + 1, C widths.
+    """Sums over all rows of one attention module and what is solved from them. H heads, K = P + 1, C intervals.
 
     All sums are float64. Nothing is written to the module before `write`.
     """
@@ -92,8 +93,9 @@ class LayerFit:
         self.fit_shift = key_shift
         self.options: dict[str, Any] = {"dtype": torch.float64, "device": child.coefficients.device}
         self.alpha = ALPHA[spec.normalizer]
+        self.outliers = OUTLIERS[:1] if spec.power > 1 else OUTLIERS  # powers have width to spare
         widths = torch.tensor(POWER_WIDTHS if spec.power > 1 else WIDTHS, **self.options)
-        self.widths = widths[:, None].expand(-1, child.heads)  # (C, H)
+        self.widths = widths.repeat(len(self.outliers))[:, None].expand(-1, child.heads)  # (C, H)
         heads, width = child.heads, child.head_dim + 1
         self.count = 0.0
         self.gram = torch.zeros(heads, width, width, **self.options)
@@ -101,8 +103,8 @@ class LayerFit:
         self.square = torch.zeros(heads, **self.options)
         self.lowest = torch.full((heads,), torch.inf, **self.options)
         self.highest = torch.full((heads,), -torch.inf, **self.options)
-        self.top = torch.full((heads,), -torch.inf, **self.options)
-        self.coefficients = torch.zeros(len(widths), heads, spec.degree + 1, **self.options)
+        self.peaks = torch.full((heads, 0), -torch.inf, **self.options)
+        self.coefficients = torch.zeros(len(self.widths), heads, spec.degree + 1, **self.options)
         self.solved = 0
 
     @property
@@ -176,7 +178,7 @@ class LayerFit:
     # ------------------------------------------------------------------ 2. the interval
 
     def see_range(self, rows: Rows) -> None:
-        """Follows the extremes of the scores, and of the shifted scores."""
+        """Follows the extremes of the scores, and the largest of the rows' largest shifted scores."""
         hidden = (rows.visible * rows.weight.unsqueeze(-1)) == 0.0
 
         def highest(scores: Tensor) -> Tensor:
@@ -184,11 +186,15 @@ class LayerFit:
 
         self.highest = torch.maximum(self.highest, highest(rows.scores))
         self.lowest = torch.minimum(self.lowest, -highest(-rows.scores))
-        self.top = torch.maximum(self.top, highest(self.shifted(rows)))
+        peaks = self.shifted(rows).masked_fill(hidden, -torch.inf).amax(-1).transpose(0, 1).flatten(1).double()
+        peaks = torch.cat([self.peaks, peaks], 1)
+        self.peaks = peaks.topk(min(int(max(self.outliers) * self.count) + 1, peaks.shape[1]), sorted=True).values
 
     def choose_candidates(self) -> None:
         """Fixes the intervals that are tried; for powers, their coefficients too."""
-        self.top = self.top + MARGIN
+        ranks = [min(int(share * self.count), self.peaks.shape[1] - 1) for share in self.outliers]
+        tops = self.peaks[:, ranks].T + MARGIN
+        self.tops = tops.repeat_interleave(len(self.widths) // len(ranks), 0)  # (C, H)
         if self.config.spec.power > 1:
             for candidate, width in enumerate(self.widths[:, 0].tolist()):
                 self.coefficients[candidate] = exponential_fit(self.config.spec.degree, width / self.config.spec.power)
@@ -196,7 +202,7 @@ class LayerFit:
     def arguments(self, shifted: Tensor, candidate: int) -> Tensor:
         """Returns t, limited to [−1, 1]."""
         radius = self.widths[candidate].float()[:, None, None] / 2.0
-        center = self.top.float()[:, None, None] - radius
+        center = self.tops[candidate].float()[:, None, None] - radius
         return ((shifted - center) / radius).clamp_(-1.0, 1.0)
 
     # ------------------------------------------------------------------ 3. the coefficients
@@ -228,7 +234,8 @@ class LayerFit:
     def _partition_sums(self, shifted: Tensor, sums: Tensor, rows: Rows, candidate: int) -> Tensor:
         """Returns Z_i: softmax's own partition sums first, then those of the last coefficients."""
         if self.solved == 0:
-            return ((shifted - self.top.float()[:, None, None]).exp() * rows.visible).sum(-1).clamp(min=1e-30)
+            top = self.tops[candidate].float()[:, None, None]
+            return ((shifted - top).exp() * rows.visible).sum(-1).clamp(min=1e-30, max=1e30)
         z = torch.einsum("hk,kbht->bht", self.coefficients[candidate].float(), sums)
         return z.abs().clamp(min=1e-30)
 
@@ -252,6 +259,7 @@ class LayerFit:
         """Goes on with some candidates of each head: indices (C', H)."""
         heads = torch.arange(candidates.shape[1], device=candidates.device)
         self.widths = self.widths[candidates, heads]
+        self.tops = self.tops[candidates, heads]
         self.coefficients = self.coefficients[candidates, heads]
 
     # ------------------------------------------------------------------ the choice of the width
@@ -298,7 +306,7 @@ class LayerFit:
             path=self.path,
             explained_variance=tuple(explained.tolist()),
             score_range=tuple(zip(self.lowest.tolist(), self.highest.tolist(), strict=True)),
-            interval=tuple(zip((self.top - self.widths[0]).tolist(), self.top.tolist(), strict=True)),
+            interval=tuple(zip((self.tops[0] - self.widths[0]).tolist(), self.tops[0].tolist(), strict=True)),
             width=tuple(self.widths[0].tolist()),
             residual=tuple(self.residual.tolist()),
         )
@@ -308,7 +316,7 @@ class LayerFit:
         radius = self.widths[0] / 2.0
         child = self.child
         child.coefficients.copy_(self.coefficients[0, : child.coefficients.shape[0]])
-        child.center.copy_(self.shift[:, -1] + self.top - radius)
+        child.center.copy_(self.shift[:, -1] + self.tops[0] - radius)
         child.key_shift.copy_(self.shift[:, :-1])
         child.radius.copy_(radius)
 

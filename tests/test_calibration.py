@@ -13,7 +13,7 @@ import quality
 import torch
 
 import hf_polyattn as hp
-from hf_polyattn.fitting import exponential_fit
+from hf_polyattn.fitting import LayerFit, Rows, exponential_fit
 from hf_polyattn.patch import patched_layers
 
 Measured = tuple[str, quality.Case, dict[str, float]]
@@ -182,6 +182,39 @@ def test_scores_beyond_the_calibration_data_are_clamped() -> None:
         far, farther = (layer(query * scale, key * scale, value) for scale in (1e3, 1e4))
     assert far.abs().max() < 1e3
     assert farther.abs().max() < 1e3
+
+
+def test_an_interval_without_few_outliers_is_tried() -> None:
+    child = patched_layers(hp.patch_model(small_bert(), "poly4-l1"))[0][1]
+    scores = torch.randn(1, 4, 3000, 5)
+
+    def tops(outliers: int, parts: int = 1) -> torch.Tensor:
+        """Returns the tops that are tried, (2, heads), when so many rows have a key far above the others."""
+        far = scores.clone()
+        far[:, :, :outliers, 0] = 60.0
+        fit = LayerFit("layer", child, hp.Polynomial.parse("poly4-l1"), key_shift=False)
+        row = torch.ones(1, 4, 3000 // parts)
+        chunks = [
+            Rows(
+                query=row.unsqueeze(-1).expand(-1, -1, -1, 8), value=torch.ones(1, 4, 5, 8),
+                target=torch.ones(*row.shape, 8), scores=chunk, visible=torch.ones(1, 4, row.shape[-1], 5),
+                count=5.0 * row, weight=row, scaling=1.0,
+            )
+            for chunk in far.chunk(parts, dim=2)
+        ]  # fmt: skip
+        for stage in (fit.see_partition_sums, fit.see_range):
+            for chunk in chunks:
+                stage(chunk)
+            if stage == fit.see_partition_sums:
+                fit.solve_key_shift()
+        fit.choose_candidates()
+        return fit.tops[[0, -1]]
+
+    usual, few, many = tops(0), tops(2), tops(300)
+    assert (few[1] - usual[1]).abs().max() < 0.5
+    assert (few[0] - usual[0]).min() > 40.0  # covers them
+    assert (many - usual).min() > 40.0  # they are no outliers
+    torch.testing.assert_close(tops(2, parts=3), few)
 
 
 def test_exponential_fit_is_relative() -> None:
