@@ -15,11 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import AutocastKwargs, set_seed
 from plotting import plot_stages
 from runs import describe_device, peak_memory_mib, read_arguments, single_process, versions, write_beside
 from safetensors.torch import load_file, save_file
@@ -29,13 +29,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_polyattn
+from hf_polyattn import InputError
 from hf_polyattn.distillation import LEARNING_RATES
 from hf_polyattn.patch import format_table
 
 STAGES = {
     "softmax": "the checkpoint as it was published",
     "patched": "softmax swapped for the polynomial, nothing else",
-    "calibrated": "each head's polynomial computed in closed form, no training",
+    "calibrated": "each head's polynomial computed in closed form, no training of its own",
     "finetuned": "trained to match the softmax model, for as many steps as the column says (0: not needed)",
     "reloaded": "saved, and loaded with plain from_pretrained in a new process",
 }
@@ -52,6 +53,15 @@ class StageArguments:
     calibrate_only: list[str] = dataclasses.field(
         default_factory=lambda: ["poly3^16-l1"], metadata={"help": "those of them that are not finetuned"}
     )
+    adapt: Literal["calibrate", "none"] = dataclasses.field(
+        default="calibrate", metadata={"help": "how the polynomials start: in closed form, or as bare monomials"}
+    )
+    align_steps: int = dataclasses.field(
+        default=0, metadata={"help": "steps, of those below, of partition alignment before polynomials without l1"}
+    )
+    layer_steps: int = dataclasses.field(
+        default=0, metadata={"help": "steps in which each calibrated polynomial is matched to softmax by itself"}
+    )
     calibration_batches: int = dataclasses.field(default=8, metadata={"help": "batches to calibrate on"})
     batch_size: int = dataclasses.field(default=32, metadata={"help": "examples in a batch, for each process"})
     steps: int = dataclasses.field(default=100, metadata={"help": "finetuning steps"})
@@ -61,6 +71,7 @@ class StageArguments:
     coefficient_learning_rate: float | None = dataclasses.field(
         default=None, metadata={"help": "peak, of the polynomials; default 2e-3, for l1 specs 1e-4"}
     )
+    bf16: bool = dataclasses.field(default=False, metadata={"help": "finetune in bfloat16; measured is in float32"})
     latency_repeats: int = dataclasses.field(default=11, metadata={"help": "timed runs of each model at each stage"})
     seed: int = dataclasses.field(default=0, metadata={"help": "of the data's split and order"})
     output_dir: str = dataclasses.field(
@@ -72,6 +83,12 @@ class StageArguments:
     predictions: str | None = dataclasses.field(
         default=None, metadata={"help": "with --checkpoint: save its predictions here (safetensors)"}
     )
+
+    def __post_init__(self) -> None:
+        if self.align_steps > max(0, self.steps):
+            raise InputError(f"--align_steps {self.align_steps} are part of --steps, now {self.steps}; raise these")
+        if self.adapt == "none" and (self.align_steps or self.layer_steps):
+            raise InputError("--align_steps and --layer_steps go with calibration; they do not go with --adapt none")
 
 
 class Task(Protocol):
@@ -117,7 +134,10 @@ def main(argument_types: tuple[type, ...], make_task: Callable[..., Task]) -> No
         arguments = read_arguments(argument_types)
         stage_arguments = arguments[0]
         set_seed(stage_arguments.seed)
-        accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        accelerator = Accelerator(
+            mixed_precision="bf16" if stage_arguments.bf16 else None,  # None: as the environment says
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
         if not accelerator.is_main_process or stage_arguments.checkpoint:
             transformers_logging.disable_progress_bar()
         stages = Stages(make_task(*arguments), stage_arguments, accelerator)
@@ -165,29 +185,39 @@ class Stages:
         hf_polyattn.patch_model(model, spec)
         stages["patched"] = self.measure(model)
 
+        steps = 0 if spec in arguments.calibrate_only else arguments.steps
+        given = (arguments.learning_rate, arguments.coefficient_learning_rate)
+        defaults = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"]
+        rates = [default if rate is None else rate for rate, default in zip(given, defaults, strict=True)]
+        aligned = 0 if steps == 0 or spec.endswith("l1") else arguments.align_steps
+        seconds: dict[str, float] = {}
+        progress = accelerator.is_main_process
         started = time.perf_counter()
-        calibration = hf_polyattn.calibrate(
-            model, task.train_loader, max_batches=arguments.calibration_batches, progress=accelerator.is_main_process
-        )
-        seconds = {"calibrate": time.perf_counter() - started}
+        if aligned:
+            # weights that change must not be cast once for all steps
+            with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+                hf_polyattn.align(model, task.train_loader, steps=aligned, lr=rates[0], progress=progress)
+        calibration = None
+        if arguments.adapt == "calibrate":
+            calibration = hf_polyattn.calibrate(
+                model, task.train_loader, max_batches=arguments.calibration_batches, progress=progress
+            )
+            seconds["calibrate"] = time.perf_counter() - started
         stages["calibrated"] = self.measure(model)
 
         distillation = None
-        steps = 0 if spec in arguments.calibrate_only else arguments.steps
-        if steps > 0:
-            given = (arguments.learning_rate, arguments.coefficient_learning_rate)
-            defaults = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"]
-            rates = [default if rate is None else rate for rate, default in zip(given, defaults, strict=True)]
+        if steps > aligned:
             started = time.perf_counter()
             distillation = hf_polyattn.distill(
                 model,
                 accelerator.prepare(task.train_loader),
-                steps=steps,
+                steps=steps - aligned,
+                layer_steps=arguments.layer_steps,
                 lr=rates[0],
                 coefficient_lr=rates[1],
                 teacher=self.softmax,
                 accelerator=accelerator,
-                progress=accelerator.is_main_process,
+                progress=progress,
             )
             seconds["finetune"] = time.perf_counter() - started
             model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -203,7 +233,7 @@ class Stages:
                 "checkpoint": str(folder),
                 "reload_is_equal": True,
                 "seconds": {name: round(value, 1) for name, value in seconds.items()},
-                "calibration": calibration.to_dict(),
+                "calibration": None if calibration is None else calibration.to_dict(),
                 "distillation": None if distillation is None else distillation.to_dict(),
             }
         accelerator.wait_for_everyone()

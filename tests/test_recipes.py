@@ -138,6 +138,32 @@ def test_two_processes_share_the_work_and_one_writes(checkpoint: Callable[[str],
     assert printed.count("reloaded") == 1 + 1
 
 
+def test_alignment_is_part_of_the_steps(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint("minilm")
+    monkeypatch.chdir(ROOT)
+    words = [*SHORT, "--specs", "poly3", "--latency_repeats", "1", "--output_dir", str(tmp_path)]
+    run_in_process(recipe, monkeypatch, *words, "--steps", "3", "--align_steps", "1", "--layer_steps", "1")
+    result = json.loads((tmp_path / "results.json").read_text())["specs"]["poly3"]
+    assert result["stages"]["finetuned"]["steps"] == 3
+    assert len(result["distillation"]["losses"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param("--steps 5 --align_steps 6", "6 are part of --steps, now 5", id="too-many-to-align"),
+        pytest.param("--adapt none --layer_steps 1", "go with calibration", id="bare-and-matched"),
+    ],
+)
+def test_stages_that_do_not_go_together_are_refused(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run_in_process(recipe, monkeypatch, *words.split())
+
+
 def test_held_out_sentences_are_never_trained_on(recipe: ModuleType) -> None:
     task = recipe.SentenceEmbedding(recipe.StageArguments(), recipe.EncoderArguments())
     train = {tuple(example["input_ids"]) for example in task.train_loader.dataset}
