@@ -30,6 +30,12 @@ class FinetuningArguments(TrainingArguments):
     adapt: Literal["calibrate", "none"] = dataclasses.field(
         default="calibrate", metadata={"help": "how the polynomials start: in closed form, or as bare monomials"}
     )
+    measure: Literal["all", "last"] = dataclasses.field(
+        default="all",
+        metadata={
+            "help": "every stage, or only the fine-tuned model: before a new head is trained, none says anything"
+        },
+    )
     calibration_batches: int = dataclasses.field(default=16, metadata={"help": "of per_device_eval_batch_size rows"})
     anneal: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "polynomials to go through before the arm's own"}

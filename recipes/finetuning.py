@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import AutocastKwargs
 from arguments import CONTROL, FinetuningArguments
 from comparison import circumstances, render
 from peft import LoraConfig, get_peft_model
@@ -75,7 +76,8 @@ class Arms:
             raise InputError("--lora_rank is for models that each process holds whole; use configs/multi_gpu.yaml")
         self.check_output()
         self.started = time.perf_counter()
-        self.baseline = self.measure(self.softmax)[0]
+        self.baseline: dict[str, Any] = {}
+        self.measure_stage(self.baseline, "softmax", self.softmax)
         if not arguments.distill_weight or arguments.teacher is not None:
             del self.softmax  # it is not the teacher
 
@@ -95,18 +97,18 @@ class Arms:
     def run_arm(self, spec: str) -> dict[str, Any]:
         """Returns the measures of one arm; its model is saved in <spec>/model."""
         task, arguments, folder = self.task, self.arm_arguments(spec), self.output / spec
-        stages: dict[str, Any] = {"softmax": self.baseline}
+        stages = dict(self.baseline)
         seconds: dict[str, float] = {}
         calibration = None
 
         model = self.load(arguments.model).to(self.accelerator.device)
         if spec != CONTROL:
             hf_polyattn.patch_model(model, spec)
-            stages["patched"], _ = self.measure(model)
+            self.measure_stage(stages, "patched", model)
         if spec != CONTROL and arguments.adapt == "calibrate":
             with timed(seconds, "adapt"):
                 calibration = self.adapt(model, spec)
-            stages["calibrated"], _ = self.measure(model)
+            self.measure_stage(stages, "calibrated", model)
 
         if arguments.dropout is not None:
             set_dropout(model, arguments.dropout)
@@ -166,14 +168,16 @@ class Arms:
         """
         arguments, batches = self.arguments, self.calibration_batches()
         if arguments.aligned(spec):
-            hf_polyattn.align(
-                model,
-                self.training_batches(),
-                steps=arguments.align_steps,
-                lr=arguments.learning_rate,
-                weight_decay=arguments.weight_decay,
-                progress=self.main,
-            )
+            # weights that change must not be cast once for all steps
+            with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+                hf_polyattn.align(
+                    model,
+                    self.training_batches(),
+                    steps=arguments.align_steps,
+                    lr=arguments.learning_rate,
+                    weight_decay=arguments.weight_decay,
+                    progress=self.main,
+                )
         if arguments.anneal:
             hf_polyattn.anneal(
                 model,
@@ -240,6 +244,11 @@ class Arms:
         model.train(training)
         predictions = torch.cat(rows)
         return self.task.score(predictions), predictions
+
+    def measure_stage(self, stages: dict[str, Any], name: str, model: PreTrainedModel) -> None:
+        """Measures a model that is not trained yet, unless only the fine-tuned one is to be measured."""
+        if self.arguments.measure == "all":
+            stages[name], _ = self.measure(model)
 
     def save(self, folder: Path, model: Any, state: dict[str, Tensor] | None) -> None:
         """Writes a model, or an adapter, with its processor; whole or not at all."""

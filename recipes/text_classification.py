@@ -66,6 +66,8 @@ def main() -> None:
         train, held_out = (
             rows.map(encode, batched=True, remove_columns=[*texts, data.label_column]) for rows in (train, held_out)
         )
+        lengths = [len(ids) for ids in held_out["input_ids"]]
+        held_out = held_out.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # less padding
 
     # Softmax baseline, patch, calibrate, anneal, fine-tune, evaluate, save, push.
     load = classifier_loader(AutoModelForSequenceClassification, names)

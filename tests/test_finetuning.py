@@ -317,9 +317,10 @@ def test_images_of_another_size_and_labels_are_trained_on(
 ) -> None:
     words = f"--model {checkpoint('vit')} --dataset {shared('datasets/cifar10')} --image_column img --eval_split test "
     words += "--image_size 48 --max_train_examples 16 --max_eval_examples 9 --spec poly3 --calibration_batches 1 "
-    words += "--max_steps 2 --save_strategy no --per_device_train_batch_size 4"
+    words += "--max_steps 2 --save_strategy no --per_device_train_batch_size 4 --measure last"
     results = run("image_classification", tmp_path, *words.split())
     arm = results["arms"]["poly3"]
+    assert list(arm["stages"]) == ["finetuned", "reloaded"]  # before its head is trained no stage says anything
     assert arm["reload_is_equal"]
     assert arm["spent"] == {"steps": 2, "steps_before": 0, "examples_at_most": 8}
     config = json.loads((tmp_path / "poly3/model/config.json").read_text())
