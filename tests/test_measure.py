@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -96,9 +97,39 @@ def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
         assert file.with_suffix(".md").read_text() == text
         metadata: Any = ModelCard(text).data
         measured = {arm: own[rows[file.stem]["metric"]]["mean"] for arm, own in data["summary"].items()}
-        del measured["control"]
+        measured.pop("control", None)
         assert [result.metric_value for result in metadata.eval_results] == pytest.approx(
             [*measured.values()], abs=1e-6
         )
         assert {"polynomial-attention", "poly3^16-l1"} <= set(metadata.tags)
         assert (metadata.license, metadata.base_model_relation) == (rows[file.stem]["license"], "finetune")
+
+
+def test_arms_start_from_the_control_of_their_seed(
+    measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())["vit-tiny-patch16-224"]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(measure, "launch", commands.append)
+    arguments = argparse.Namespace(row="vit", outputs=tmp_path, checkpoints=Path("all"), datasets=Path("data"))
+    for arm in ("lossless", "paper"):
+        measure.run(row, arm, 1, arguments)
+    models = [command[command.index("--model") + 1] for command in commands]
+    assert models == [str(tmp_path / "vit/control-1/softmax/model"), "all/vit-tiny-patch16-224"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "text"), [("percent", "-1.00 %"), ("points", "-0.90 points"), ("difference", "-0.0090")]
+)
+def test_changes_are_in_the_unit_of_the_row(measure: Any, unit: str, text: str) -> None:
+    assert measure.change(0.891, 0.9, unit) == text
+
+
+def test_card_of_a_conversion_has_no_control(measure: Any) -> None:
+    rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    row = {**rows["gpt2-zinc-0.5m"], "unit": "difference", "metric": "cosine", "goals": {"paper": "≥ 0.99"}}
+    summary = {arm: {"cosine": measure.summarize([0.98, 0.99])} for arm in ("paper", "bare")}
+    card = measure.card("conversion", row, summary, {"cosine": 1.0}, 2)
+    assert "| arm | cosine | against the published checkpoint | wanted |" in card
+    assert "| softmax, as published | 1.0000 |  |  |" in card
+    assert "| 0.9850 ± 0.0050 | -0.0150 | ≥ 0.99 |" in card
