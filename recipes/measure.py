@@ -72,8 +72,8 @@ def main() -> None:
 
 
 def seeds_of(arm: Mapping[str, Any], seeds: list[int]) -> list[int]:
-    """Returns the seeds of an arm: one where nothing is trained."""
-    return seeds[: 1 if untrained(arm) else arm.get("seeds")]
+    """Returns the seeds of an arm: one where nothing is trained, unless the row says how many."""
+    return seeds[: arm.get("seeds", 1 if untrained(arm) else None)]
 
 
 def untrained(arm: Mapping[str, Any]) -> bool:
