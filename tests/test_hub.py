@@ -236,6 +236,55 @@ def test_transformers_without_the_plugin_refuses_in_one_sentence(pushed: dict[st
         assert 'Specified `attn_implementation="polyattn (pip install hf_polyattn)"` is not supported' in text, text
 
 
+# ---------------------------------------------------------------- composite models
+
+COMPOSE = """
+vit, gpt2, inputs = arguments
+inputs = torch.load(inputs)
+torch.manual_seed(0)
+decoder = transformers.AutoModelForCausalLM.from_pretrained(gpt2, add_cross_attention=True)
+model = transformers.VisionEncoderDecoderModel(encoder=transformers.ViTModel.from_pretrained(vit), decoder=decoder)
+for name, parameter in model.named_parameters():
+    if "crossattention" in name or "enc_to_dec_proj" in name:
+        torch.nn.init.normal_(parameter, std=0.1)  # new, and large enough to matter
+softmax = logits(model, inputs)
+hp.patch_model(model, "poly3", exclude=["encoder.*"])
+model.push_to_hub("me/captioner")
+torch.save({"inputs": inputs, "logits": logits(model, inputs), "softmax": softmax}, folder / "captioner.pt")
+print(json.dumps({}))
+"""
+LOAD_COMPOSED = """
+case, found = torch.load(folder / "captioner.pt"), {}
+for name in ("me/captioner", "me/captioner-again"):
+    model = transformers.VisionEncoderDecoderModel.from_pretrained(name)
+    own = logits(model, case["inputs"])
+    halves = {row[0].partition(".")[0] for row in hp.describe(model).rows if row[-1] == "patched"}
+    found[name] = [torch.equal(own, case["logits"]), torch.equal(own, case["softmax"]), sorted(halves)]
+    model.push_to_hub("me/captioner-again")
+print(json.dumps(found))
+"""
+STOCK_COMPOSED = """
+load = transformers.VisionEncoderDecoderModel.from_pretrained
+print(json.dumps({name: message(load, name) for name in ("me/captioner", "me/captioner-again")}))
+"""
+
+
+def test_a_composite_model_with_one_polynomial_half_round_trips(
+    process: Any, checkpoint: Callable[[str], Path], batch: Any, folder: Path
+) -> None:
+    import torch
+
+    inputs = {**batch("vit", count=2), "decoder_input_ids": batch("gpt2-tinystories", count=2)["input_ids"]}
+    torch.save(inputs, folder / "captioner-inputs.pt")
+    paths = [str(path) for path in (checkpoint("vit"), checkpoint("gpt2-tinystories"), folder / "captioner-inputs.pt")]
+    process(COMPOSE, paths, home="pusher")
+    found = process(LOAD_COMPOSED)
+    refusals = process(STOCK_COMPOSED, imports="import transformers")
+    for name in ("me/captioner", "me/captioner-again"):
+        assert found[name] == [True, False, ["decoder"]]
+        assert "pip install hf_polyattn" in refusals[name][1]
+
+
 # ---------------------------------------------------------------- cards
 
 CARDS = """
