@@ -32,13 +32,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trainer import PolyAttentionTrainer
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
 from hf_polyattn import InputError, PolyAttnError
 from hf_polyattn.distillation import LEARNING_RATES
-from hf_polyattn.patch import CONFIG_KEY
+from hf_polyattn.families import attention_sites
+from hf_polyattn.patch import is_patched, patched_layers
+from hf_polyattn.saved_config import CONFIG_KEY
 
 
 def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
@@ -256,8 +258,8 @@ class Arms:
             model.save_pretrained(partial, state_dict=state, is_main_process=self.main)
             if self.main and self.task.processor is not None:
                 self.task.processor.save_pretrained(partial)
-            if self.main and hasattr(model, "peft_config"):  # says which polynomials the adapter's base has
-                model.get_base_model().config.save_pretrained(partial)
+            if self.main and hasattr(model, "peft_config"):
+                config_of_base(model).save_pretrained(partial)
 
     def push(self, spec: str) -> None:
         """Uploads the saved model of an arm, each arm to a repository of its own."""
@@ -319,6 +321,21 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
         for name in ("attention_dropout", "dropout_prob"):  # numbers that attention modules hand on
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, probability)
+
+
+def config_of_base(model: Any) -> PreTrainedConfig:
+    """Returns the config with which a softmax checkpoint becomes the base of a trained adapter.
+
+    It names the polynomials by layer: one that names modules is of a saved model, which must have them all.
+    """
+    base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if is_patched(base):
+        state = getattr(config, CONFIG_KEY)
+        del state["modules"]
+        numbers = {site.path: site.layer for site in attention_sites(base)}
+        state["layer_specs"] = {str(numbers[path]): str(layer.config.spec) for path, layer in patched_layers(base)}
+    return config
 
 
 def add_adapters(model: PreTrainedModel, arguments: FinetuningArguments, new_modules: tuple[str, ...]) -> Any:
