@@ -93,7 +93,8 @@ class LayerFit:
         self.fit_shift = key_shift
         self.options: dict[str, Any] = {"dtype": torch.float64, "device": child.coefficients.device}
         self.alpha = ALPHA[spec.normalizer]
-        self.outliers = OUTLIERS[:1] if spec.power > 1 else OUTLIERS  # powers have width to spare
+        # Powers have width to spare, and without a row sum a clamped top is a weight that is missing.
+        self.outliers = OUTLIERS if spec.normalizer == "l1" and spec.power == 1 else OUTLIERS[:1]
         widths = torch.tensor(POWER_WIDTHS if spec.power > 1 else WIDTHS, **self.options)
         self.widths = widths.repeat(len(self.outliers))[:, None].expand(-1, child.heads)  # (C, H)
         heads, width = child.heads, child.head_dim + 1

@@ -217,6 +217,12 @@ def test_an_interval_without_few_outliers_is_tried() -> None:
     torch.testing.assert_close(tops(2, parts=3), few)
 
 
+@pytest.mark.parametrize(("spec", "tried"), [("poly4-l1", 2), ("poly3", 1), ("poly3^16-l1", 1)])
+def test_outliers_are_left_out_only_where_a_row_sum_makes_up_for_them(spec: str, tried: int) -> None:
+    child = patched_layers(hp.patch_model(small_bert(), spec))[0][1]
+    assert len(LayerFit("layer", child, hp.Polynomial.parse(spec), key_shift=False).outliers) == tried
+
+
 def test_exponential_fit_is_relative() -> None:
     """Its 16th power over 80 nats follows exp within the error that makes poly3^16-l1 lossless."""
     t = torch.linspace(-1.0, 1.0, 1001, dtype=torch.float64)
