@@ -163,7 +163,7 @@ class PolyAttention(nn.Module):
         (query,) = autocast_inputs(query)
         dtype = compute_dtype(query.dtype)
         with torch.autocast(device_type=query.device.type, enabled=False):
-            # A matrix product would copy queries whose heads lie inside of tokens: four times as long on a CPU.
+            # A matrix product would first copy queries whose heads lie inside of tokens.
             shift = torch.linalg.vecdot(query.to(dtype), self.key_shift.to(dtype)[:, None])
             center: Tensor = self.center.to(dtype)[:, None] + scaling * shift
             return center

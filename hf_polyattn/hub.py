@@ -13,8 +13,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .attention import register
 from .core import CHILD_NAME, PolyAttention
 from .errors import PatchError
@@ -62,7 +60,10 @@ def _install_building(model_class: Any) -> None:
         if not isinstance(module, PolyAttention):
             initialize(self, module, *args, **kwargs)
         elif not getattr(module, "_is_hf_initialized", False):
-            _reset_missing(module)
+            if not all(
+                getattr(tensor, "_is_hf_initialized", False) for tensor in module.state_dict(keep_vars=True).values()
+            ):
+                module.reset_parameters()  # all of it is missing: of a part, `check_loaded` has complained
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     @wraps(save)
@@ -229,18 +230,6 @@ def install_on_peft(peft_model: Any) -> None:
 
 def _has_polynomials(model: Any) -> bool:
     return any(isinstance(module, PolyAttention) for module in model.modules())
-
-
-@torch.no_grad()
-def _reset_missing(layer: PolyAttention) -> None:
-    """Sets the tensors of a polynomial that the checkpoint did not have; those that it had stay as loaded."""
-    tensors = layer.state_dict(keep_vars=True).values()
-    loaded = [(tensor, tensor.clone()) for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
-    if len(loaded) == len(tensors):
-        return
-    layer.reset_parameters()
-    for tensor, value in loaded:
-        tensor.copy_(value)
 
 
 def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:

@@ -210,6 +210,8 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     prefix of a task head, so that they hold for the bare model and for every head.
     """
     patched = _patched_modules(root)
+    if not patched:  # any softmax model asks, when it is built and saved
+        return []
     specs = {path: str(active_child(module).config.spec) for path, module in patched}
     found: dict[int, GoverningConfig] = {}
     for prefix, submodel in root.named_modules():

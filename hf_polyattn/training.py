@@ -105,7 +105,6 @@ def train(
     with bar, evaluating(model):
         for batch in bar:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            # Entered anew each step: until autocast is left, it goes on with the weights that it has cast once.
             with nullcontext() if accelerator is None else accelerator.autocast():
                 loss = loss_of(model, inputs)
             if accelerator is None:
@@ -128,6 +127,7 @@ def train(
                 )
             _copy(trained, good)
             optimizer.step()
+            torch.clear_autocast_cache()  # within an autocast of the caller's, it holds casts of the weights before
             optimizer.zero_grad()
             schedule.step()
             bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from accelerate.utils import AutocastKwargs
 from arguments import CONTROL, FinetuningArguments
 from comparison import circumstances, render
 from peft import LoraConfig, get_peft_model
@@ -170,8 +169,7 @@ class Arms:
         """
         arguments, batches = self.arguments, self.calibration_batches()
         if arguments.aligned(spec):
-            # weights that change must not be cast once for all steps
-            with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            with self.accelerator.autocast():
                 hf_polyattn.align(
                     model,
                     self.training_batches(),

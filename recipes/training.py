@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import AutocastKwargs, set_seed
+from accelerate.utils import set_seed
 from plotting import plot_stages
 from runs import describe_device, peak_memory_mib, read_arguments, single_process, versions, write_beside
 from safetensors.torch import load_file, save_file
@@ -194,8 +194,7 @@ class Stages:
         progress = accelerator.is_main_process
         started = time.perf_counter()
         if aligned:
-            # weights that change must not be cast once for all steps
-            with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            with accelerator.autocast():
                 hf_polyattn.align(model, task.train_loader, steps=aligned, lr=rates[0], progress=progress)
         calibration = None
         if arguments.adapt == "calibrate":

@@ -56,18 +56,24 @@ def disagreement(model: PreTrainedModel, softmax: PreTrainedModel, batch: Batch)
     return 0.5 * (ours - theirs).abs().sum(-1).mean().item()
 
 
+@pytest.mark.parametrize("kind", ["accelerator", "the caller's autocast"])
 def test_mixed_precision_trains_the_weights_that_it_computes_with(
-    student: PreTrainedModel, softmax: PreTrainedModel, batches: list[Batch]
+    student: PreTrainedModel, softmax: PreTrainedModel, batches: list[Batch], kind: str
 ) -> None:
     twin, before = copy.deepcopy(student), disagreement(student, softmax, batches[3])
-    distill(twin, batches[:3], steps=30, lr=1e-3, coefficient_lr=1e-4, progress=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        distill(student, batches[:3], steps=30, lr=1e-3, coefficient_lr=1e-4, accelerator=accelerator, progress=False)
-        student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    finally:
+    options: dict[str, Any] = {"steps": 30, "lr": 1e-3, "coefficient_lr": 1e-4, "progress": False}
+    distill(twin, batches[:3], **options)
+    if kind == "accelerator":
         AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+            distill(student, batches[:3], accelerator=accelerator, **options)
+            student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            distill(student, batches[:3], **options)
     after = [disagreement(model, softmax, batches[3]) for model in (twin, student)]
     assert after[0] < 0.8 * before
     assert after[1] == pytest.approx(after[0], rel=0.1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from import_blocker import without
 
 import hf_polyattn as hp
 from hf_polyattn.ops import BACKENDS
@@ -31,15 +32,10 @@ def python(code: str, *arguments: str) -> str:
 
 # ---------------------------------------------------------------- import time
 
-WITHOUT_TRITON = """
-import sys, time
+WITHOUT_TRITON = f"""
+{without("triton")}
+import time
 
-class NoTriton:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "triton":
-            raise ImportError("triton is blocked")
-
-sys.meta_path.insert(0, NoTriton())
 try:
     import triton
 except ImportError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from import_blocker import without
 from typer.testing import CliRunner
 
 import hf_polyattn as hp
@@ -41,15 +42,8 @@ def exported(pretrained: Any, polynomial: Any, batch: Any, tmp_path_factory: pyt
     return folder
 
 
-BLOCKED = """
-import sys
-
-class NoPlugin:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_polyattn":
-            raise ImportError("hf_polyattn is blocked")
-
-sys.meta_path.insert(0, NoPlugin())
+BLOCKED = f"""
+{without("hf_polyattn")}
 import torch, transformers
 from pathlib import Path
 

@@ -33,6 +33,7 @@ CHOICE: list[Case] = [
     (90, BF16, "poly3-calibrated", 64, False),
     (90, BF16, "poly3^16-l1", 128, False),
     *((capability, BF16, "poly6-l1", 80, False) for capability in CAPABILITIES),  # two chunks of columns
+    (90, BF16, "poly4-l1", 80, True),
 ]  # fmt: skip
 ALL: list[Case] = [
     (capability, dtype, spec, dim, causal)
