@@ -68,7 +68,8 @@ class Arms:
             )
         self.softmax = self.load(arguments.model)
         # Its accelerator, which all trainers share, also serves to measure.
-        self.accelerator = PolyAttentionTrainer(model=self.softmax, args=copy.copy(arguments)).accelerator
+        trainer = PolyAttentionTrainer(model=self.softmax, args=copy.copy(arguments), eval_dataset=task.held_out)
+        self.accelerator = trainer.accelerator
         self.main = self.accelerator.is_main_process
         for spec in set(arguments.spec) - {CONTROL}:  # what cannot be patched is said before anything is trained
             hf_polyattn.unpatch_model(hf_polyattn.patch_model(self.softmax, spec))
@@ -121,6 +122,7 @@ class Arms:
             model=model,
             args=arguments,
             train_dataset=task.train if hasattr(task.train, "__len__") else task.train.shuffle(seed=arguments.seed),
+            eval_dataset=task.held_out,  # for --eval_strategy; `measure` reads it
             data_collator=task.collate,
             processing_class=task.processor,
             teacher=self.teacher(),

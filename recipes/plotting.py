@@ -1,8 +1,8 @@
-"""The picture of a recipe's results."""
+"""The pictures of results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,4 +40,24 @@ def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
     right.set_ylabel("latency / latency of softmax")
     right.set_title("Cost (1 is softmax, lower is faster)")
     figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)
+
+
+def plot_curves(arms: Mapping[str, Sequence[tuple[int, float]]], measure: str, path: Path) -> None:
+    """Draws a measure on held-out data against the tokens that each arm had spent by then, as a PNG.
+
+    Args:
+        arms: title -> pairs of tokens and measure.
+        measure: its name.
+        path: of the PNG file.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for title, points in arms.items():
+        tokens, values = zip(*points, strict=True)
+        axis.plot([count / 1e6 for count in tokens], values, "o-", markersize=3, label=title.replace("`", ""))
+    axis.set_xlabel("tokens spent, in millions")
+    axis.set_ylabel(f"{measure} on held-out data")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
     plt.close(figure)

@@ -56,6 +56,7 @@ def test_card_says_what_the_runs_wrote(
     row["words"] |= SHORT
     del row["arms"]["normalised"]
     row["arms"]["paper"]["words"] |= {"align_steps": 1, "layer_steps": 1}
+    row["curve"] = {"arms": ["control", "paper"], "words": {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}}
     monkeypatch.setattr(measure, "yaml", SimpleNamespace(safe_load=lambda text: rows))  # not that of model cards
     words = ["--checkpoints", str(shared("checkpoints")), "--datasets", str(shared("datasets")), "--seeds", "0", "1"]
     words += ["--outputs", str(tmp_path / "runs")]
@@ -63,7 +64,7 @@ def test_card_says_what_the_runs_wrote(
         monkeypatch.setattr(sys, "argv", ["measure.py", "gpt2-zinc-0.5m", *words])
         measure.main()
 
-    assert len(measure.commands) == 2 * 3 + 1  # the arm that is not trained has one seed
+    assert len(measure.commands) == 2 * 3 + 1 + 2  # the arm that is not trained has one seed, as have curves
     written = json.loads((tmp_path / "cards/gpt2-zinc-0.5m.json").read_text())
     card = (tmp_path / "cards/gpt2-zinc-0.5m.md").read_text()
     for arm, own in written["summary"].items():
@@ -75,6 +76,16 @@ def test_card_says_what_the_runs_wrote(
     assert bare > 2.0 * lossless
     paper = next(iter(written["runs"]["paper"][0]["arms"].values()))
     assert paper["spent"]["steps_before"] + paper["spent"]["steps"] == 3
+    tokens, values = zip(*written["curves"]["control"], strict=True)
+    (control,) = written["runs"]["curve-control"][0]["arms"].values()
+    assert (tokens[0], tokens[2], len(tokens)) == (0, control["spent"]["tokens"], 3)
+    assert values[0] == written["published"]["nll"]
+    assert values[2] == control["stages"]["finetuned"]["nll"] != values[1]
+    assert len(written["curves"]["paper"]) == 3  # at the end, too
+    assert written["curves"]["paper"][0][0] > 0  # alignment has spent some
+    assert written["summary"].keys() == {"control", "lossless", "paper", "bare"}
+    assert (tmp_path / "cards/gpt2-zinc-0.5m.png").read_bytes().startswith(b"\x89PNG")
+    assert "](gpt2-zinc-0.5m.png)" in card
     assert "{" not in card.replace("{#", "")
     for folder in (shared("checkpoints"), tmp_path):
         assert str(folder) not in card + json.dumps(written)
@@ -92,8 +103,7 @@ def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
     assert cards
     for file in cards:
         data = json.loads(file.read_text())
-        seeds = max(map(len, data["runs"].values()))
-        text = measure.card(file.stem, rows[file.stem], data["summary"], data["published"], seeds)
+        text = measure.card(file.stem, rows[file.stem], data)
         assert file.with_suffix(".md").read_text() == text
         metadata: Any = ModelCard(text).data
         measured = {arm: own[rows[file.stem]["metric"]]["mean"] for arm, own in data["summary"].items()}
@@ -129,7 +139,8 @@ def test_card_of_a_conversion_has_no_control(measure: Any) -> None:
     rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
     row = {**rows["gpt2-zinc-0.5m"], "unit": "difference", "metric": "cosine", "goals": {"paper": "≥ 0.99"}}
     summary = {arm: {"cosine": measure.summarize([0.98, 0.99])} for arm in ("paper", "bare")}
-    card = measure.card("conversion", row, summary, {"cosine": 1.0}, 2)
+    data = {"summary": summary, "published": {"cosine": 1.0}, "runs": {"paper": [{}, {}]}}
+    card = measure.card("conversion", row, data)
     assert "| arm | cosine | against the published checkpoint | wanted |" in card
     assert "| softmax, as published | 1.0000 |  |  |" in card
     assert "| 0.9850 ± 0.0050 | -0.0150 | ≥ 0.99 |" in card
