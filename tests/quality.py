@@ -43,7 +43,7 @@ class Case:
     measure: Callable[[transformers.PreTrainedModel], dict[str, float]]
 
 
-def column(file: str, name: str, count: int) -> list[Any]:
+def column(file: str, name: str, count: int | None) -> list[Any]:
     return pyarrow.parquet.read_table(SHARED / "datasets" / file, columns=[name])[name][:count].to_pylist()  # type: ignore[no-any-return]
 
 
@@ -91,7 +91,8 @@ def language_model(folder: Path, train: list[dict[str, Tensor]], held_out: list[
     return Case(model, train, negative_log_likelihood)
 
 
-def molecules(folder: Path) -> Case:
+def molecules(folder: Path, count: int = 256) -> Case:
+    """Padded molecules, 64 a batch, `count` of them to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def batches(file: str, count: int) -> list[dict[str, Tensor]]:
@@ -102,24 +103,24 @@ def molecules(folder: Path) -> Case:
         ]
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
 
-    return language_model(folder, batches("zinc/train.parquet", 256), batches("zinc/test.parquet", 512))
+    return language_model(folder, batches("zinc/train.parquet", count), batches("zinc/test.parquet", 512))
 
 
-def stories(folder: Path, start: int) -> Case:
-    """Packed blocks of 256 tokens, `start` before each story."""
+def stories(folder: Path, start: int, count: int = 16, size: int = 8) -> Case:
+    """Packed blocks of 256 tokens, `start` before each story, `size` a batch, `count` to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def batches(file: str, blocks: int) -> list[dict[str, Tensor]]:
         tokens: list[int] = []
-        for text in column(file, "text", 200):
+        for text in column(file, "text", None):
             tokens += [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
             if len(tokens) >= blocks * 256:
                 break
         packed = torch.tensor(tokens[: blocks * 256]).view(blocks, 256)
-        return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in packed.split(8)]
+        return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in packed.split(size)]
 
     return language_model(
-        folder, batches("tinystories/train.parquet", 16), batches("tinystories/validation.parquet", 64)
+        folder, batches("tinystories/train.parquet", count), batches("tinystories/validation.parquet", 64)
     )
 
 
@@ -193,13 +194,14 @@ def main() -> None:
             table[spec] = calibrated(case, spec)
             print(name, spec, table[spec], f"{time.perf_counter() - started:.0f} s", flush=True)
         if arguments.write:
-            write(name, table)
+            write(RESULTS, "python tests/quality.py --write", name, table)
 
 
-def write(checkpoint: str, table: dict[str, dict[str, float]]) -> None:
-    """Puts the measures of one checkpoint into the results, beside those of the others."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"checkpoints": {}}
-    results["command"] = "python tests/quality.py --write"
+def write(file: Path, command: str, checkpoint: str, table: dict[str, Any], **about: Any) -> None:
+    """Puts the measures of one checkpoint into a JSON, beside those of the others, and what they are about."""
+    results = json.loads(file.read_text()) if file.exists() else {"checkpoints": {}}
+    results["command"] = command
+    results.update(about)
     results["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -207,9 +209,9 @@ def write(checkpoint: str, table: dict[str, dict[str, float]]) -> None:
         "hf_polyattn": hp.__version__,
     }
     results["checkpoints"][checkpoint] = table
-    partial = RESULTS.with_suffix(".partial")
+    partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(partial, RESULTS)
+    os.replace(partial, file)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,258 @@
+"""Ways to adapt that the library does not have, beside `calibrate` and training, under one small budget.
+
+    python tests/adaptation_study.py --write      # all of it, about half an hour → benchmarks/adaptation.json
+    python tests/adaptation_study.py gpt2-zinc direct chebyshev
+
+An arm says how the polynomials of a softmax checkpoint are computed and how the model is trained from there. Every arm
+sees the same batches in the same order (a seed is an order) and is measured, as a polynomial model, on the same
+held-out data: mean negative log-likelihood of a token. The control is the softmax model after the same training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import platform
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import quality
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+import hf_polyattn as hp
+from hf_polyattn.attention import softmax_forward
+from hf_polyattn.calibration import fit_layers, write_fits
+from hf_polyattn.capture import Observation, Replay, model_inputs, observing
+from hf_polyattn.core import PolyAttention
+from hf_polyattn.distillation import LEARNING_RATES, divergence
+from hf_polyattn.masking import RangeMask
+from hf_polyattn.patch import patched_layers
+from hf_polyattn.training import TrainingState, param_groups, train
+
+Batch = dict[str, Tensor]
+Groups = list[dict[str, Any]]  # of the optimizer, beside those of the model
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "adaptation.json"
+SPECS = ("poly3", "poly4-l1")  # the second, of which calibration leaves little to train, is only computed
+STEPS = 60
+SEEDS = 2
+RIDGE = 1e-3  # of the mean square of the inputs
+BLEND_RATE = 0.1  # learning rate of a blend's logits
+
+# Batches and learning rate of each checkpoint's row in recipes/configs/measurements.yaml.
+ROWS: dict[str, tuple[Callable[[int], quality.Case], float]] = {
+    "gpt2-zinc": (lambda steps: quality.molecules(quality.SHARED / "checkpoints/gpt2-zinc-0.5m", 64 * steps), 3e-4),
+    "llama": (
+        lambda steps: quality.stories(quality.SHARED / "checkpoints/llama-stories260K", 1, 12 * steps, size=12),
+        1e-3,
+    ),
+}
+
+
+def calibrated(model: PreTrainedModel, batches: list[Batch]) -> None:
+    """The library's: all layers on softmax's inputs."""
+    hp.calibrate(model, batches, progress=False)
+
+
+@torch.no_grad()
+def refitted(model: PreTrainedModel, batches: list[Batch]) -> None:
+    """Calibrates all layers, then fits all output projections, both on softmax's inputs."""
+    calibrated(model, batches)
+    inputs = Replay(model, batches, progress=False)
+    for path, _ in patched_layers(model):
+        fit_projection(model, path, inputs)
+
+
+@torch.no_grad()
+def sequential(model: PreTrainedModel, batches: list[Batch], *, refit: bool = False) -> None:
+    """Calibrates front to back, each layer on what the polynomials before it make of the data; also its projection."""
+    for path, child in patched_layers(model):
+        inputs = own_inputs(model, path, child, batches)
+        write_fits(model, fit_layers(model, inputs, {path: child.config.spec}))
+        if refit:
+            fit_projection(model, path, inputs)
+
+
+def own_inputs(model: PreTrainedModel, path: str, child: PolyAttention, batches: list[Batch]) -> Replay:
+    """Returns what one layer sees, and softmax makes of it, while every other layer is polynomial."""
+    inputs = Replay(model, batches, progress=False)
+    inputs.kept = kept = []
+    for batch in batches:
+        with observing(model, path, child, batch, lambda *seen: kept.append(seen)):
+            model(**model_inputs(model, batch), use_cache=False)
+    return inputs
+
+
+def fit_projection(model: PreTrainedModel, path: str, inputs: Replay) -> None:
+    """Changes an output projection so that it makes of the polynomial's outputs what it made of softmax's.
+
+    Ridge regression of the change, over the positions that are not padding.
+    """
+    polynomial, softmax = [], []
+
+    def observer(where: str, child: PolyAttention, seen: Observation) -> None:
+        if where == path:
+            pattern: dict[str, Any] = {"mask": seen.mask, "causal": seen.causal, "window": seen.window}
+            output = child(seen.query, seen.key, seen.value, scaling=seen.scaling, **pattern)
+            real = torch.ones(output.shape[:2], dtype=torch.bool) if seen.real is None else seen.real
+            polynomial.append(output[real].flatten(1).double())
+            softmax.append(seen.output[real].flatten(1).double())
+
+    inputs.run(observer, "outputs")
+    x, y = torch.cat(polynomial), torch.cat(softmax)
+    children = dict(model.get_submodule(path).named_children())
+    projection: Any = children.get("c_proj") or children["o_proj"]
+    weight = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight  # (in, out)
+    missing = (y - x) @ weight.double()
+    x = torch.cat([x, torch.full_like(x[:, :1], projection.bias is not None)], -1)
+    gram = x.T @ x
+    change = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).double(), x.T @ missing)
+    weight += change[: len(weight)]
+    if projection.bias is not None:
+        projection.bias += change[-1]
+
+
+def in_powers(model: PreTrainedModel, steps: int) -> AbstractContextManager[Groups]:
+    """The library's: the coefficients are those of powers of t."""
+    return nullcontext([])
+
+
+class Chebyshev(nn.Module):
+    """Coefficients of powers of t as a function of coefficients of Chebyshev polynomials: the same polynomial."""
+
+    def __init__(self, degree: int) -> None:
+        super().__init__()
+        rows = [np.polynomial.chebyshev.cheb2poly(row) for row in np.eye(degree + 1)]
+        self.powers = torch.from_numpy(np.stack([np.pad(row, (0, degree + 1 - len(row))) for row in rows]))
+
+    def forward(self, chebyshev: Tensor) -> Tensor:
+        return (chebyshev.double() @ self.powers).float()
+
+    def right_inverse(self, coefficients: Tensor) -> Tensor:
+        return torch.linalg.solve(self.powers, coefficients.double(), left=False).float()
+
+
+@contextmanager
+def in_chebyshev(model: PreTrainedModel, steps: int) -> Iterator[Groups]:
+    """Trains coefficients of Chebyshev polynomials. Calibration is linear in coefficients: the same in any basis."""
+    children = [child for _, child in patched_layers(model)]
+    for child in children:
+        parametrize.register_parametrization(child, "coefficients", Chebyshev(child.config.spec.degree))
+    yield []
+    for child in children:
+        parametrize.remove_parametrizations(child, "coefficients")
+
+
+@contextmanager
+def blended(model: PreTrainedModel, steps: int, *, part: float = 0.5) -> Iterator[Groups]:
+    """Trains with λ_h · polynomial + (1 − λ_h) · softmax for the outputs; after a part of the steps λ is 1.
+
+    λ_h = floor + (1 − floor) · sigmoid(logit_h): learned, above a floor that rises from 0 to 1.
+    """
+    floor, floors = 0.0, iter((np.arange(steps) / (part * steps)).clip(max=1.0).tolist())
+
+    def raise_floor(*_: Any) -> None:
+        nonlocal floor
+        floor = next(floors)
+
+    def blend(module: nn.Module, logit: Tensor, _: nn.Module, qkv: Any, options: dict[str, Any], out: Tensor) -> Tensor:
+        mask, ranges, (query, key, value) = options["mask"], options["ranges"], qkv
+        if ranges is not None:
+            mask = RangeMask(ranges.expand(len(query), -1, -1), query.shape[2], key.shape[2])
+        softmax, _ = softmax_forward(module, query, key, value, mask, scaling=options["scaling"])
+        return torch.lerp(softmax, out, (floor + (1.0 - floor) * logit.sigmoid())[:, None])
+
+    logits, handles = [], [model.register_forward_pre_hook(raise_floor)]
+    for path, child in patched_layers(model):
+        logits.append(nn.Parameter(torch.full((child.heads,), -3.0)))
+        hook = partial(blend, model.get_submodule(path), logits[-1])
+        handles.append(child.register_forward_hook(hook, with_kwargs=True))
+    yield [{"params": logits, "lr": BLEND_RATE, "weight_decay": 0.0}]
+    for handle in handles:
+        handle.remove()
+
+
+Start = Callable[[PreTrainedModel, list[Batch]], None]
+Way = Callable[[PreTrainedModel, int], AbstractContextManager[Groups]]
+ARMS: dict[str, tuple[Start, Way]] = {
+    "direct": (calibrated, in_powers),
+    "sequential": (sequential, in_powers),
+    "refit": (refitted, in_powers),
+    "sequential-refit": (partial(sequential, refit=True), in_powers),
+    "chebyshev": (calibrated, in_chebyshev),
+    "blend": (calibrated, blended),
+    "short-blend": (calibrated, partial(blended, part=0.25)),
+}
+
+
+def adapt(model: PreTrainedModel, teacher: PreTrainedModel, batches: list[Batch], way: Way, lr: float) -> None:
+    """Trains a model, in place, on its task and its teacher's outputs as the recipes do; one step a batch."""
+
+    def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        with torch.no_grad():
+            target = teacher(**inputs, output_hidden_states=True)
+        output = model(**inputs, labels=labels, output_hidden_states=True)
+        return output.loss + divergence(output, target, inputs)
+
+    options: dict[str, Any] = {"warmup": 0.05, "max_grad_norm": 1.0, "until": 0.0, "checkpoint_every": 1}
+    options |= {"steps": len(batches), "state": TrainingState(None, {}), "accelerator": None, "title": "train"}
+    with way(model, len(batches)) as groups:
+        groups += param_groups(model, lr, coefficient_lr=LEARNING_RATES["fixed"][1])
+        train(model, batches, loss_of, groups, progress=False, **options)
+
+
+def study(name: str, arms: list[str], steps: int = STEPS, seeds: int = SEEDS) -> Iterator[dict[str, Any]]:
+    """Yields the figures of a checkpoint after each arm."""
+    case, (load, lr) = quality.CASES[name](), ROWS[name]
+    batches = load(steps).batches
+
+    def trained(start: PreTrainedModel, way: Way) -> Iterator[float]:
+        for seed in range(seeds):
+            model = copy.deepcopy(start)
+            adapt(model, case.model, random.Random(seed).sample(batches, steps), way, lr)
+            yield case.measure(model)["nll"]
+
+    table: dict[str, Any] = {"softmax": {**case.measure(case.model), "trained": [*trained(case.model, in_powers)]}}
+    for spec, arm in itertools.product(SPECS, arms):
+        start, way = ARMS[arm]
+        if spec == SPECS[0] or way is in_powers:
+            model = hp.patch_model(copy.deepcopy(case.model), spec)
+            start(model, case.batches)
+            figures: dict[str, Any] = {**case.measure(model)}
+            if spec == SPECS[0]:
+                figures["trained"] = [*trained(model, way)]
+            table.setdefault(spec, {})[arm] = figures
+            yield table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", choices=ROWS, help="only this one")
+    parser.add_argument("arms", nargs="*", default=[*ARMS], help="only these")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    about = {
+        "device": {"type": "cpu", "machine": platform.machine(), "threads": torch.get_num_threads()},
+        "budget": {"steps": STEPS, "seeds": SEEDS, "learning_rate": {name: lr for name, (_, lr) in ROWS.items()}},
+    }
+    for name in [arguments.checkpoint] if arguments.checkpoint else ROWS:
+        for table in study(name, arguments.arms):
+            print(name, table, flush=True)
+            if arguments.write:
+                quality.write(RESULTS, "python tests/adaptation_study.py --write", name, table, **about)
+
+
+if __name__ == "__main__":
+    main()
