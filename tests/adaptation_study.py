@@ -3,9 +3,9 @@
     python tests/adaptation_study.py --write      # all of it, about half an hour → benchmarks/adaptation.json
     python tests/adaptation_study.py gpt2-zinc direct chebyshev
 
-An arm says how the polynomials of a softmax checkpoint are computed and how the model is trained from there. Every arm
-sees the same batches in the same order (a seed is an order) and is measured, as a polynomial model, on the same
-held-out data: mean negative log-likelihood of a token. The control is the softmax model after the same training.
+An arm says how the polynomials are computed and how the model is trained from there. All arms see the same batches in
+the same order (a seed is an order) and are measured, as polynomial models, by the mean negative log-likelihood of a
+token of held-out data. The control is the softmax model after the same training.
 """
 
 from __future__ import annotations
@@ -44,18 +44,12 @@ Groups = list[dict[str, Any]]  # of the optimizer, beside those of the model
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "adaptation.json"
 SPECS = ("poly3", "poly4-l1")  # the second, of which calibration leaves little to train, is only computed
-STEPS = 60
-SEEDS = 2
-RIDGE = 1e-3  # of the mean square of the inputs
-BLEND_RATE = 0.1  # learning rate of a blend's logits
+STEPS, SEEDS = 60, 2
 
-# Batches and learning rate of each checkpoint's row in recipes/configs/measurements.yaml.
-ROWS: dict[str, tuple[Callable[[int], quality.Case], float]] = {
-    "gpt2-zinc": (lambda steps: quality.molecules(quality.SHARED / "checkpoints/gpt2-zinc-0.5m", 64 * steps), 3e-4),
-    "llama": (
-        lambda steps: quality.stories(quality.SHARED / "checkpoints/llama-stories260K", 1, 12 * steps, size=12),
-        1e-3,
-    ),
+# Folder, data, rows a step and learning rate, as in recipes/configs/measurements.yaml.
+ROWS: dict[str, tuple[str, Callable[..., quality.Case], int, float]] = {
+    "gpt2-zinc": ("gpt2-zinc-0.5m", quality.molecules, 64, 3e-4),
+    "llama": ("llama-stories260K", partial(quality.stories, start=1, size=12), 12, 1e-3),
 }
 
 
@@ -93,10 +87,10 @@ def own_inputs(model: PreTrainedModel, path: str, child: PolyAttention, batches:
     return inputs
 
 
-def fit_projection(model: PreTrainedModel, path: str, inputs: Replay) -> None:
+def fit_projection(model: PreTrainedModel, path: str, inputs: Replay, *, ridge: float = 1e-3) -> None:
     """Changes an output projection so that it makes of the polynomial's outputs what it made of softmax's.
 
-    Ridge regression of the change, over the positions that are not padding.
+    Least squares over the positions that are not padding; `ridge`, on the change, is relative to the mean square.
     """
     polynomial, softmax = [], []
 
@@ -110,14 +104,14 @@ def fit_projection(model: PreTrainedModel, path: str, inputs: Replay) -> None:
 
     inputs.run(observer, "outputs")
     x, y = torch.cat(polynomial), torch.cat(softmax)
-    children = dict(model.get_submodule(path).named_children())
-    projection: Any = children.get("c_proj") or children["o_proj"]
+    projection: Any = getattr(model.get_submodule(path), "c_proj", None) or model.get_submodule(path).o_proj
     weight = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight  # (in, out)
     missing = (y - x) @ weight.double()
     x = torch.cat([x, torch.full_like(x[:, :1], projection.bias is not None)], -1)
     gram = x.T @ x
-    change = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).double(), x.T @ missing)
-    weight += change[: len(weight)]
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    change = torch.linalg.solve(gram, x.T @ missing)
+    weight += change[:-1]
     if projection.bias is not None:
         projection.bias += change[-1]
 
@@ -154,7 +148,7 @@ def in_chebyshev(model: PreTrainedModel, steps: int) -> Iterator[Groups]:
 
 
 @contextmanager
-def blended(model: PreTrainedModel, steps: int, *, part: float = 0.5) -> Iterator[Groups]:
+def blended(model: PreTrainedModel, steps: int, *, part: float = 0.5, rate: float = 0.1) -> Iterator[Groups]:
     """Trains with λ_h · polynomial + (1 − λ_h) · softmax for the outputs; after a part of the steps λ is 1.
 
     λ_h = floor + (1 − floor) · sigmoid(logit_h): learned, above a floor that rises from 0 to 1.
@@ -177,14 +171,13 @@ def blended(model: PreTrainedModel, steps: int, *, part: float = 0.5) -> Iterato
         logits.append(nn.Parameter(torch.full((child.heads,), -3.0)))
         hook = partial(blend, model.get_submodule(path), logits[-1])
         handles.append(child.register_forward_hook(hook, with_kwargs=True))
-    yield [{"params": logits, "lr": BLEND_RATE, "weight_decay": 0.0}]
+    yield [{"params": logits, "lr": rate, "weight_decay": 0.0}]
     for handle in handles:
         handle.remove()
 
 
-Start = Callable[[PreTrainedModel, list[Batch]], None]
 Way = Callable[[PreTrainedModel, int], AbstractContextManager[Groups]]
-ARMS: dict[str, tuple[Start, Way]] = {
+ARMS: dict[str, tuple[Callable[[PreTrainedModel, list[Batch]], None], Way]] = {
     "direct": (calibrated, in_powers),
     "sequential": (sequential, in_powers),
     "refit": (refitted, in_powers),
@@ -205,17 +198,17 @@ def adapt(model: PreTrainedModel, teacher: PreTrainedModel, batches: list[Batch]
         output = model(**inputs, labels=labels, output_hidden_states=True)
         return output.loss + divergence(output, target, inputs)
 
-    options: dict[str, Any] = {"warmup": 0.05, "max_grad_norm": 1.0, "until": 0.0, "checkpoint_every": 1}
-    options |= {"steps": len(batches), "state": TrainingState(None, {}), "accelerator": None, "title": "train"}
+    budget: dict[str, Any] = {"steps": len(batches), "warmup": 0.05, "max_grad_norm": 1.0, "until": 0.0}
+    others: dict[str, Any] = {"checkpoint_every": 1, "accelerator": None, "title": "train", "progress": False}
     with way(model, len(batches)) as groups:
         groups += param_groups(model, lr, coefficient_lr=LEARNING_RATES["fixed"][1])
-        train(model, batches, loss_of, groups, progress=False, **options)
+        train(model, batches, loss_of, groups, state=TrainingState(None, {}), **budget, **others)
 
 
 def study(name: str, arms: list[str], steps: int = STEPS, seeds: int = SEEDS) -> Iterator[dict[str, Any]]:
     """Yields the figures of a checkpoint after each arm."""
-    case, (load, lr) = quality.CASES[name](), ROWS[name]
-    batches = load(steps).batches
+    case, (folder, load, rows, lr) = quality.CASES[name](), ROWS[name]
+    batches = load(quality.SHARED / "checkpoints" / folder, count=rows * steps).batches
 
     def trained(start: PreTrainedModel, way: Way) -> Iterator[float]:
         for seed in range(seeds):
@@ -229,10 +222,8 @@ def study(name: str, arms: list[str], steps: int = STEPS, seeds: int = SEEDS) ->
         if spec == SPECS[0] or way is in_powers:
             model = hp.patch_model(copy.deepcopy(case.model), spec)
             start(model, case.batches)
-            figures: dict[str, Any] = {**case.measure(model)}
-            if spec == SPECS[0]:
-                figures["trained"] = [*trained(model, way)]
-            table.setdefault(spec, {})[arm] = figures
+            after = {"trained": [*trained(model, way)]} if spec == SPECS[0] else {}
+            table.setdefault(spec, {})[arm] = {**case.measure(model), **after}
             yield table
 
 
@@ -245,7 +236,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     about = {
         "device": {"type": "cpu", "machine": platform.machine(), "threads": torch.get_num_threads()},
-        "budget": {"steps": STEPS, "seeds": SEEDS, "learning_rate": {name: lr for name, (_, lr) in ROWS.items()}},
+        "budget": {"steps": STEPS, "seeds": SEEDS, "learning_rate": {name: row[-1] for name, row in ROWS.items()}},
     }
     for name in [arguments.checkpoint] if arguments.checkpoint else ROWS:
         for table in study(name, arguments.arms):

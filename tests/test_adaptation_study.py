@@ -76,7 +76,7 @@ def test_sequential_fits_each_layer_on_what_the_polynomials_before_it_make(
 
 @pytest.mark.parametrize("start", [arms.refitted, partial(arms.sequential, refit=True)], ids=["all", "sequential"])
 def test_refit_changes_output_projections_and_helps_held_out_data(
-    case: quality.Case, model: PreTrainedModel, start: arms.Start
+    case: quality.Case, model: PreTrainedModel, start: Callable[..., None]
 ) -> None:
     student = hp.patch_model(copy.deepcopy(case.model), "poly3")
     start(student, case.batches)
