@@ -99,10 +99,7 @@ def unpatch_model(model: AnyModule) -> AnyModule:
     for _, module in _patched_modules(root):
         del module._modules[CHILD_NAME]
     for owner in owners:
-        state = getattr(owner.config, CONFIG_KEY)
-        owner.config._attn_implementation_internal = state["softmax_implementation"]
-        delattr(owner.config, CONFIG_KEY)
-        del owner.config.attn_implementation
+        _disarm(owner.config)
     return model
 
 
@@ -231,12 +228,16 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
 def armed_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     """Returns the governing configs of a patched model, each with its guard.
 
-    Where a submodel was patched by itself, the models around it do not know: their configs get theirs here.
+    Where a submodel was patched or unpatched by itself, the models around it do not know: their configs learn it here.
     """
     owners = governing_configs(root)
     for owner in owners:
-        if not hasattr(owner.config, CONFIG_KEY):
+        if hasattr(owner.config, CONFIG_KEY):
+            getattr(owner.config, CONFIG_KEY)["modules"] = owner.specs
+        else:
             _arm(owner, patched_layers(root)[0][1].config, owner.config._attn_implementation)
+    if not owners and hasattr(root.config, CONFIG_KEY):
+        _disarm(root.config)
     return owners
 
 
@@ -341,6 +342,12 @@ def _arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementat
     setattr(owner.config, CONFIG_KEY, state)
     owner.config.attn_implementation = SAVED_IMPLEMENTATION
     owner.config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _disarm(config: PreTrainedConfig) -> None:
+    config._attn_implementation_internal = getattr(config, CONFIG_KEY)["softmax_implementation"]
+    delattr(config, CONFIG_KEY)
+    del config.attn_implementation
 
 
 def _new_child(site: AttentionSite, config: PolyAttentionConfig) -> PolyAttention:

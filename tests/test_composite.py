@@ -148,6 +148,25 @@ def test_one_half_of_an_encoder_decoder_is_polynomial(
     assert torch.equal(output(hp.unpatch_model(reloaded), inputs), whole)
 
 
+def test_a_whole_whose_halves_are_unpatched_is_saved_as_what_it_is(
+    captioner: Any, polynomial: Any, tmp_path: Path
+) -> None:
+    model, inputs = captioner()
+    whole = output(model, inputs)
+    polynomial(model, CONFIG)
+    hp.unpatch_model(model.encoder)
+    ours = output(model, inputs)
+    model.save_pretrained(tmp_path / "half")
+    reloaded = VisionEncoderDecoderModel.from_pretrained(tmp_path / "half").eval()
+    assert {path.split(".")[0] for path, _ in patched_layers(reloaded)} == {"decoder"}
+    assert torch.equal(output(reloaded, inputs), ours)
+    assert not torch.equal(ours, whole)
+    hp.unpatch_model(model.decoder).save_pretrained(tmp_path / "decoder")
+    model.save_pretrained(tmp_path / "none")
+    assert guard(saved_config(tmp_path / "none")) == (None, False)
+    assert torch.equal(output(VisionEncoderDecoderModel.from_pretrained(tmp_path / "none").eval(), inputs), whole)
+
+
 def test_a_half_saved_alone_loads_as_what_it_is(captioner: Any, polynomial: Any, tmp_path: Path) -> None:
     model, inputs = captioner()
     polynomial(model, hp.PolyAttentionConfig("poly3", exclude=["decoder.*"]))
