@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels, from the JSON tables in `tuning/` and those that `tune` wrote on this machine.
 
 A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of
-WIDTHS that holds D and Dv. Rows of 96 are two chunks of columns, which need more registers than one of 128. "-grouped"
+WIDTHS that holds D and Dv. Rows of 96 and 192 are two chunks of columns, which need more registers than one. "-grouped"
 behind the width, where it is there, is for query heads that share key heads, which need more registers too, and
 "-monomial" for monomials, which need fewer. Nothing is timed when a kernel is first called.
 """
@@ -21,7 +21,7 @@ from .cache import user_cache
 
 KERNELS = ("forward", "grad_query", "grad_key_value", "decode")
 DTYPES = ("bfloat16", "float16", "float32")
-WIDTHS = (64, 96, 128, 256)
+WIDTHS = (64, 96, 128, 192, 256)
 _SHIPPED = Path(__file__).parent / "tuning"
 
 
