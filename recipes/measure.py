@@ -282,7 +282,7 @@ def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardDat
             metric_value=round(own[metric]["mean"], 6),
         )
         for arm, own in summary.items()
-        if arm != CONTROL
+        if arm not in (CONTROL, START)
     ]
     arms = [row["arms"][arm]["words"] for arm in summary]
     specs = [own.get("spec", own.get("specs")) for own in arms]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
         assert file.with_suffix(".md").read_text() == text
         metadata: Any = ModelCard(text).data
         measured = {arm: own[rows[file.stem]["metric"]]["mean"] for arm, own in data["summary"].items()}
-        measured.pop("control", None)
+        measured = {arm: value for arm, value in measured.items() if arm not in (measure.CONTROL, measure.START)}
         assert [result.metric_value for result in metadata.eval_results] == pytest.approx(
             [*measured.values()], abs=1e-6
         )
@@ -115,17 +116,24 @@ def test_cards_hold_what_their_json_files_hold(measure: Any) -> None:
         assert (metadata.license, metadata.base_model_relation) == (rows[file.stem]["license"], "finetune")
 
 
-def test_arms_start_from_the_control_of_their_seed(
-    measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "arm", "model"),
+    [
+        ("vit-tiny-patch16-224", "paper", "row/start-1/softmax/model"),
+        ("vit-tiny-patch16-224", "start", "all/vit-tiny-patch16-224"),
+        ("all-MiniLM-L6-v2-sst2", "lossless", "row/control-1/softmax/model"),
+    ],
+)
+def test_arms_start_from_the_softmax_model_of_their_seed(
+    name: str, arm: str, model: str, measure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())["vit-tiny-patch16-224"]
+    row = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())[name]
     commands: list[list[str]] = []
     monkeypatch.setattr(measure, "launch", commands.append)
-    arguments = argparse.Namespace(row="vit", outputs=tmp_path, checkpoints=Path("all"), datasets=Path("data"))
-    for arm in ("lossless", "paper"):
-        measure.run(row, arm, 1, arguments)
-    models = [command[command.index("--model") + 1] for command in commands]
-    assert models == [str(tmp_path / "vit/control-1/softmax/model"), "all/vit-tiny-patch16-224"]
+    arguments = argparse.Namespace(row="row", outputs=Path(), checkpoints=Path("all"), datasets=Path("data"))
+    measure.run(row, arm, 1, arguments)
+    (command,) = commands
+    assert command[command.index("--model") + 1] == model
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,18 @@ def test_arms_start_from_the_control_of_their_seed(
 )
 def test_changes_are_in_the_unit_of_the_row(measure: Any, unit: str, text: str) -> None:
     assert measure.change(0.891, 0.9, unit) == text
+
+
+def test_table_of_the_readme_holds_what_the_json_files_hold() -> None:
+    arms = ("control", "lossless", "normalised", "paper", "bare")
+    rows = re.findall(r"^\| \[.*?\]\(model_cards/(.*?)\.md\) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert {name for name, _ in rows} == {file.stem for file in (ROOT / "model_cards").glob("*.json")}
+    for name, cells in rows:
+        data = json.loads((ROOT / f"model_cards/{name}.json").read_text())
+        summary = {arm: next(iter(measures.values()))["mean"] for arm, measures in data["summary"].items()}
+        control = next(iter(data["published"].values())) if "control" not in summary else summary.pop("control")
+        expected = [control, *(summary[arm] for arm in arms[1:])]
+        assert [float(cell.split()[0]) for cell in cells.split("|")] == [round(value, 4) for value in expected]
 
 
 def test_card_of_a_conversion_has_no_control(measure: Any) -> None:
