@@ -330,10 +330,9 @@ def change_specs(model: nn.Module, specs: Mapping[str, Polynomial]) -> None:
             if isinstance(child, PolyAttention) and child.config.spec != spec:
                 child.change_spec(spec)
     for owner in armed_configs(root):
-        state = getattr(owner.config, CONFIG_KEY)
-        state["modules"] = owner.specs
         if owner.specs:
-            state["spec"], state["layer_specs"] = Counter(owner.specs.values()).most_common(1)[0][0], {}
+            commonest = Counter(owner.specs.values()).most_common(1)[0][0]
+            getattr(owner.config, CONFIG_KEY).update(spec=commonest, layer_specs={})
 
 
 def _arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementation: str) -> None:

@@ -122,18 +122,20 @@ def launch(command: list[str]) -> None:
     subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
 
 
-def write(name: str, row: Mapping[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str, Any]]]) -> None:
     """Writes the JSON and the card of a row."""
-    long = {arm: results.pop(arm) for arm in list(results) if arm.startswith(CURVE)}
-    measures = {arm: [last_stage(result) for result in own] for arm, own in results.items()}
+    long = {arm.removeprefix(CURVE): own for arm, own in results.items() if arm.startswith(CURVE)}
+    measures = {
+        arm: [last_stage(result) for result in own] for arm, own in results.items() if not arm.startswith(CURVE)
+    }
     summary = {
         arm: {metric: summarize([one[metric] for one in own]) for metric in own[0]} for arm, own in measures.items()
     }
     published = next(iter(next(iter(results.values()))[0]["arms"].values()))["stages"].get("softmax")
     data = {"row": name, "command": f"python recipes/measure.py {name}", "published": published, "summary": summary}
-    data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in (results | long).items()}
+    data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
     if long:
-        data["curves"] = {arm.removeprefix(CURVE): curve_of(own[0], row["metric"]) for arm, own in long.items()}
+        data["curves"] = {arm: curve_of(own[0], row["metric"]) for arm, own in long.items()}
     content = json.dumps(data, indent=1) + "\n"
     write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
     write_card(name, row, data)

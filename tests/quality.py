@@ -43,7 +43,7 @@ class Case:
     measure: Callable[[transformers.PreTrainedModel], dict[str, float]]
 
 
-def column(file: str, name: str, count: int | None) -> list[Any]:
+def column(file: str, name: str, count: int) -> list[Any]:
     return pyarrow.parquet.read_table(SHARED / "datasets" / file, columns=[name])[name][:count].to_pylist()  # type: ignore[no-any-return]
 
 
@@ -112,7 +112,7 @@ def stories(folder: Path, start: int, count: int = 16, size: int = 8) -> Case:
 
     def batches(file: str, blocks: int) -> list[dict[str, Tensor]]:
         tokens: list[int] = []
-        for text in column(file, "text", None):
+        for text in column(file, "text", 4 * blocks):  # more than enough
             tokens += [start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
             if len(tokens) >= blocks * 256:
                 break
