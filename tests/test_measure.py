@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,18 +140,6 @@ def test_arms_start_from_the_softmax_model_of_their_seed(
 )
 def test_changes_are_in_the_unit_of_the_row(measure: Any, unit: str, text: str) -> None:
     assert importlib.import_module("row_card").change(0.891, 0.9, unit) == text
-
-
-def test_table_of_the_readme_holds_what_the_json_files_hold() -> None:
-    arms = ("control", "lossless", "normalised", "paper", "bare")
-    rows = re.findall(r"^\| \[.*?\]\(model_cards/(.*?)\.md\) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
-    assert {name for name, _ in rows} == {file.stem for file in (ROOT / "model_cards").glob("*.json")}
-    for name, cells in rows:
-        data = json.loads((ROOT / f"model_cards/{name}.json").read_text())
-        summary = {arm: next(iter(measures.values()))["mean"] for arm, measures in data["summary"].items()}
-        control = next(iter(data["published"].values())) if "control" not in summary else summary.pop("control")
-        expected = [control, *(summary[arm] for arm in arms[1:])]
-        assert [float(cell.split()[0]) for cell in cells.split("|")] == [round(value, 4) for value in expected]
 
 
 def test_card_of_a_conversion_has_no_control(measure: Any) -> None:
