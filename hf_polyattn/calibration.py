@@ -136,36 +136,40 @@ def fit_layers(
         CalibrationError: no visible scores, or non-finite activations.
     """
     children = dict(patched_layers(model))
-    fits = {path: LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()}
+    fits = [LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()]
 
-    def run(stage: str, title: str) -> None:
+    def run(stage: str, title: str, taking: list[LayerFit]) -> list[LayerFit]:
+        """Shows all batches to those fits and returns them."""
+        shown = {fit.path: fit for fit in taking}
+
         def observer(path: str, child: PolyAttention, observation: Observation) -> None:
-            if path not in fits:
+            if path not in shown:
                 return
-            fit = fits[path]
+            fit = shown[path]
             stride = max(1, int(fit.count) // MAX_ROWS) if stage in ("see_features", "see_errors") else 1
             for rows in _fit_rows(path, observation, stride):
                 getattr(fit, stage)(rows)
 
-        for fit in fits.values():
+        for fit in taking:
             fit.start_pass()
-        passes.run(observer, f"calibrate: {title}")
+        if taking:
+            passes.run(observer, f"calibrate: {title}")
+        return taking
 
-    run("see_partition_sums", "key shift")
-    for fit in fits.values():
+    for fit in run("see_partition_sums", "key shift", fits):
         fit.solve_key_shift()
-    run("see_range", "score range")
-    for fit in fits.values():
+    for fit in run("see_range", "score range", fits):
         fit.choose_candidates()
-    for number in range(max(fit.rounds for fit in fits.values())):
-        run("see_features", f"coefficients {number + 1}")
-        for fit in fits.values():
+    for number in range(max(fit.rounds for fit in fits)):
+        for fit in run("see_features", f"coefficients {number + 1}", [fit for fit in fits if fit.rounds > number]):
             fit.solve_coefficients()
-    if any(fit.needs_errors for fit in fits.values()):
-        run("see_errors", "choice")
-    for fit in fits.values():
+        if number == 0:
+            for fit in run("see_errors", "intervals", [fit for fit in fits if fit.rounds > 1]):
+                fit.choose_intervals()
+    run("see_errors", "choice", [fit for fit in fits if fit.needs_errors])
+    for fit in fits:
         fit.finish()
-    return fits
+    return {fit.path: fit for fit in fits}
 
 
 @torch.no_grad()

@@ -106,6 +106,8 @@ class LayerFit:
         self.highest = torch.full((heads,), -torch.inf, **self.options)
         self.peaks = torch.full((heads, 0), -torch.inf, **self.options)
         self.coefficients = torch.zeros(len(self.widths), heads, spec.degree + 1, **self.options)
+        self.best = self.coefficients  # of the rounds so far, with the errors that they make
+        self.best_error = torch.full(self.coefficients.shape[:2], torch.inf, **self.options)
         self.solved = 0
 
     @property
@@ -241,20 +243,43 @@ class LayerFit:
         return z.abs().clamp(min=1e-30)
 
     def solve_coefficients(self) -> None:
-        """Solves the normal equations; after the first round of the ratio fit only the best candidates stay."""
+        """Solves the normal equations of every candidate."""
         normal, linear = self.normal, self.linear
         if self.config.granularity == "layer":
             normal = normal.sum(1, keepdim=True).expand_as(normal)
             linear = linear.sum(1, keepdim=True).expand_as(linear)
         if self.config.spec.normalizer == "l1":
+            if self.solved > 1:  # with Z_i their own, the quadratic form is the error of the last coefficients
+                self._remember(_quadratic(self.coefficients, self.normal))
             self.coefficients = _solve_ratio(normal, linear)
-            if self.solved == 0:
-                self._keep(_quadratic(self.coefficients, normal).argsort(0)[:RATIO_CANDIDATES])
         else:
             self.coefficients = _solve(normal, linear)
             self.output_square = _quadratic(self.coefficients, self.normal)
             self.product = (self.coefficients * self.linear).sum(-1)
         self.solved += 1
+
+    def choose_intervals(self) -> None:
+        """Goes on with the best intervals of each head, by the errors that the first coefficients make.
+
+        The linear objective does not tell: it weighs a row by Σ_k c_k S_k / Z, near 0 where c neglects the row.
+        """
+        self._remember(self._errors())
+        self._keep(self._comparable(self.best_error).argsort(0)[:RATIO_CANDIDATES])
+
+    def _errors(self) -> Tensor:
+        """Returns Σ‖out − target‖² of the last pass, (C, H)."""
+        error = self.output_square - 2.0 * self.product + self.target_square
+        return error.nan_to_num(nan=torch.inf)
+
+    def _comparable(self, error: Tensor) -> Tensor:
+        """Returns the errors by which heads choose, (C, H): their own, or those of the layer."""
+        return error if self.config.granularity == "head" else error.sum(1, keepdim=True).expand_as(error)
+
+    def _remember(self, error: Tensor) -> None:
+        """Keeps the coefficients where their errors (C, H) are the lowest so far."""
+        better = self._comparable(error) < self._comparable(self.best_error)
+        self.best = torch.where(better.unsqueeze(-1), self.coefficients, self.best)
+        self.best_error = torch.where(better, error, self.best_error)
 
     def _keep(self, candidates: Tensor) -> None:
         """Goes on with some candidates of each head: indices (C', H)."""
@@ -262,6 +287,8 @@ class LayerFit:
         self.widths = self.widths[candidates, heads]
         self.tops = self.tops[candidates, heads]
         self.coefficients = self.coefficients[candidates, heads]
+        self.best = self.best[candidates, heads]
+        self.best_error = self.best_error[candidates, heads]
 
     # ------------------------------------------------------------------ the choice of the width
 
@@ -288,17 +315,17 @@ class LayerFit:
     def finish(self) -> None:
         """Chooses the best candidate of each head and reports it in `report`."""
         spec = self.config.spec
-        error = self.output_square - 2.0 * self.product + self.target_square  # Σ‖out − target‖², (C, H)
+        error = self._errors()
         if spec.power > 1 and spec.normalizer != "l1":
             # a power of a fit to exp is right up to a factor: that of least squares, put inside the power
             gain = (self.product / self.output_square.clamp(min=1e-300)).clamp(min=1e-300)
-            error = self.target_square - self.product * gain
+            error = (self.target_square - self.product * gain).nan_to_num(nan=torch.inf)
             self.coefficients = self.coefficients * gain.pow(1.0 / spec.power).unsqueeze(-1)
         elif spec.normalizer == "l1":
+            self._remember(error)
+            error, self.coefficients = self.best_error, self.best
             self.coefficients = self.coefficients / self.coefficients.abs().amax(-1, keepdim=True)
-        error = error.nan_to_num(nan=torch.inf)
-        choice = error if self.config.granularity == "head" else error.sum(1, keepdim=True).expand_as(error)
-        best = choice.argmin(0, keepdim=True)
+        best = self._comparable(error).argmin(0, keepdim=True)
         self._keep(best)
         mean_square = torch.as_tensor(self.target_sum, **self.options).square().sum(-1) / self.target_count
         variance = (self.target_square - mean_square).clamp(min=1e-30)
