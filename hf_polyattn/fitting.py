@@ -325,11 +325,11 @@ class LayerFit:
             self._remember(error)
             error, self.coefficients = self.best_error, self.best
             self.coefficients = self.coefficients / self.coefficients.abs().amax(-1, keepdim=True)
-        best = self._comparable(error).argmin(0, keepdim=True)
-        self._keep(best)
+        chosen = self._comparable(error).argmin(0, keepdim=True)
+        self._keep(chosen)
         mean_square = torch.as_tensor(self.target_sum, **self.options).square().sum(-1) / self.target_count
         variance = (self.target_square - mean_square).clamp(min=1e-30)
-        explained = 1.0 - error.gather(0, best)[0] / variance
+        explained = 1.0 - error.gather(0, chosen)[0] / variance
         self.report = LayerReport(
             path=self.path,
             explained_variance=tuple(explained.tolist()),

@@ -58,11 +58,14 @@ def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypat
     assert keys == ("bfloat16-96",)
     assert tuning.configuration("forward", keys, device) == shipped["forward"]["bfloat16-96"]
 
-    own = Configuration(32, 16, 2, 1)
-    path = tuning.write_table({"forward": {"bfloat16-96": own}}, "NVIDIA H200 (test)", tmp_path)
+    own, limited = Configuration(32, 16, 2, 1), Configuration(32, 16, 2, 1, max_registers=128)
+    path = tuning.write_table(
+        {"forward": {"bfloat16-96": own}, "decode": {"bfloat16-96": limited}}, "NVIDIA H200 (test)", tmp_path
+    )
     assert path == tmp_path / "nvidia-h200-test.json"
     assert list(tmp_path.iterdir()) == [path]  # no partial file is left
     assert tuning.configuration("forward", keys, device) == own
+    assert tuning.configuration("decode", keys, device) == limited
     assert tuning.configuration("forward", tuning.keys(torch.bfloat16, 64), device) == shipped["forward"]["bfloat16-64"]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))

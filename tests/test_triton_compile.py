@@ -98,6 +98,16 @@ def test_spills_and_large_tiles_are_noticed() -> None:
     assert compiled[0].shared > SHARED_MEMORY[80]
 
 
+def test_the_limit_of_registers_reaches_the_compiler() -> None:
+    def registers(limit: int | None) -> int:
+        row = Configuration(64, 64, 4, 2, limit)
+        with compiling_for(80, lambda kernel, call: row, ("forward",)) as compiled:
+            run_all(make_call(head_dim=64, **SPECS["poly6-l1"]), decode=False)
+        return compiled[0].registers
+
+    assert registers(64) <= 64 < registers(None) <= registers(255)
+
+
 MASKS: dict[str, dict[str, Any]] = {
     "packed": {"ranges": True, "causal": True},
     "window": {"window": 512, "causal": True},

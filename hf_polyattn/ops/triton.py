@@ -154,7 +154,8 @@ def _launch(kernel: Any, programs: int, call: Call, tuned: Configuration, *argum
 
 def compile_options(tuned: Configuration) -> dict[str, Any]:
     """Returns what Triton's compiler is told beside the arguments. Its default for fused multiply-adds varies."""
-    return {"num_warps": tuned.num_warps, "num_stages": tuned.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": tuned.num_warps, "num_stages": tuned.num_stages, "enable_fp_fusion": True}
+    return options if tuned.max_registers is None else options | {"maxnreg": tuned.max_registers}
 
 
 def _configuration(kernel: str, call: Call) -> Configuration:

@@ -1,9 +1,9 @@
 """Block sizes of the Triton kernels, from the JSON tables in `tuning/` and those that `tune` wrote on this machine.
 
-A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], where width is the least of
-WIDTHS that holds D and Dv. Rows of 96 and 192 are two chunks of columns, which need more registers than one. "-grouped"
-behind the width, where it is there, is for query heads that share key heads, which need more registers too, and
-"-monomial" for monomials, which need fewer. Nothing is timed when a kernel is first called.
+A table maps kernel -> "<dtype>-<width>" -> [block_m, block_n, num_warps, num_stages], or these and max_registers, where
+width is the least of WIDTHS that holds D and Dv. Rows of 96 and 192 are two chunks of columns, which need more
+registers than one. "-grouped" behind the width, where it is there, is for query heads that share key heads, which need
+more registers too, and "-monomial" for monomials, which need fewer. Nothing is timed when a kernel is first called.
 """
 
 from __future__ import annotations
@@ -26,12 +26,26 @@ _SHIPPED = Path(__file__).parent / "tuning"
 
 
 class Configuration(NamedTuple):
-    """How a kernel is compiled: rows of queries and of keys in a tile, warps of a program, stages of its pipeline."""
+    """How a kernel is compiled.
+
+    Attributes:
+        block_m: rows of queries in a tile.
+        block_n: rows of keys in a tile.
+        num_warps: warps of a program.
+        num_stages: stages of its pipeline.
+        max_registers: registers that a thread may have. None leaves it to ptxas, which sometimes spills a few bytes to
+            stay below a number of its own; told that all 255 may be used, it does not.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def row(self) -> list[int]:
+        """Returns the configuration as tables hold it."""
+        return [number for number in self if number is not None]
 
 
 Table = dict[str, dict[str, Configuration]]
@@ -52,7 +66,7 @@ def write_table(table: Table, device: str, folder: Path) -> Path:
     """Writes a table beside its place and renames it; returns the path that `configuration` reads for the device."""
     path = folder / f"{_slug(device)}.json"
     rows = ",\n".join(
-        f'    "{kernel}": {{\n' + ",\n".join(f'      "{key}": {list(row)}' for key, row in rows.items()) + "\n    }"
+        f'    "{kernel}": {{\n' + ",\n".join(f'      "{key}": {row.row()}' for key, row in rows.items()) + "\n    }"
         for kernel, rows in table.items()
     )
     folder.mkdir(parents=True, exist_ok=True)
