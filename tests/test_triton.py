@@ -45,7 +45,8 @@ def test_shipped_tables_have_every_kernel_dtype_and_width() -> None:
             assert {f"{dtype}-{width}" for dtype in DTYPES for width in WIDTHS} <= set(rows)
             for key, row in rows.items():
                 assert all(size >= 16 and size & (size - 1) == 0 for size in row[:2]), key
-                assert row.num_warps in (1, 2, 4, 8)
+                assert row.num_warps in (1, 2, 4, 8), key
+                assert 32 * row.num_warps * (row.max_registers or 0) <= 65_536, key  # else it could not be launched
 
 
 def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

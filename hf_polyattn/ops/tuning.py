@@ -33,8 +33,8 @@ class Configuration(NamedTuple):
         block_n: rows of keys in a tile.
         num_warps: warps of a program.
         num_stages: stages of its pipeline.
-        max_registers: registers that a thread may have. None leaves it to ptxas, which sometimes spills a few bytes to
-            stay below a number of its own; told that all 255 may be used, it does not.
+        max_registers: registers that a thread may have; those of a program are at most 65,536. None leaves it to ptxas,
+            which sometimes spills a few bytes to stay below a number of its own, and seldom when told 255.
     """
 
     block_m: int
