@@ -31,7 +31,7 @@ $(OLDEST)/.done: $(VENV)/.done
 		huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 	touch $@
 
-# The loader of Hub kernels, for tests/test_hub_kernel.py; what it needs to verify signatures is left out.
+# The loader of Hub kernels, for tests/hub/test_kernel.py; what it needs to verify signatures is left out.
 $(KERNELS)/.done: $(VENV)/.done
 	rm -rf $(KERNELS)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) kernels==$(KERNELS_VERSION)
@@ -45,7 +45,7 @@ test: setup
 
 # The kernels on a real GPU, with whatever torch and triton are installed there.
 test-gpu:
-	PYTHONPATH=. python -m pytest -m gpu tests/gpu
+	PYTHONPATH=. python -m pytest -m gpu tests/ops/gpu
 
 check: $(VENV)/.done
 	$(BIN)/ruff format --check .

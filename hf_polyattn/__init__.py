@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 from ._activation import activate
 
 if TYPE_CHECKING:
-    from .alignment import align
-    from .annealing import AnnealReport, anneal
-    from .calibration import CalibrationReport, calibrate
-    from .callback import MonitorCallback
-    from .cards import Measurement, model_card
-    from .conversion import ConversionReport, QualityError, convert
-    from .diagnosis import Diagnosis, diagnose
-    from .distillation import distill
+    from .adaptation.alignment import align
+    from .adaptation.annealing import AnnealReport, anneal
+    from .adaptation.calibration import CalibrationReport, calibrate
+    from .adaptation.conversion import ConversionReport, QualityError, convert
+    from .adaptation.distillation import distill
+    from .adaptation.layerwise import match_layers
+    from .adaptation.quality import similarity
+    from .adaptation.training import TrainingReport, param_groups
+    from .diagnosis.callback import MonitorCallback
+    from .diagnosis.diagnosis import Diagnosis, diagnose
+    from .diagnosis.monitor import Monitor
     from .errors import (
         BackendError,
         CalibrationError,
@@ -31,58 +34,55 @@ if TYPE_CHECKING:
         TrainingError,
         UnsupportedArgumentError,
     )
-    from .hub_kernel import export_kernel
-    from .layerwise import match_layers
-    from .monitor import Monitor
+    from .hub.cards import Measurement, model_card
+    from .hub.kernel import export_kernel
+    from .hub.remote_code import export_remote_code
     from .ops import polynomial_attention
-    from .patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
-    from .quality import similarity
-    from .remote_code import export_remote_code
+    from .patching.patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
     from .spec import PolyAttentionConfig, Polynomial
-    from .training import TrainingReport, param_groups
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AnnealReport": "annealing",
+    "AnnealReport": "adaptation.annealing",
     "BackendError": "errors",
     "CalibrationError": "errors",
-    "CalibrationReport": "calibration",
+    "CalibrationReport": "adaptation.calibration",
     "CheckpointError": "errors",
-    "Diagnosis": "diagnosis",
+    "Diagnosis": "diagnosis.diagnosis",
     "DivergenceError": "errors",
-    "ConversionReport": "conversion",
+    "ConversionReport": "adaptation.conversion",
     "InputError": "errors",
-    "Measurement": "cards",
-    "Monitor": "monitor",
-    "MonitorCallback": "callback",
+    "Measurement": "hub.cards",
+    "Monitor": "diagnosis.monitor",
+    "MonitorCallback": "diagnosis.callback",
     "PatchError": "errors",
     "PolyAttentionConfig": "spec",
     "PolyAttnError": "errors",
     "Polynomial": "spec",
-    "QualityError": "conversion",
+    "QualityError": "adaptation.conversion",
     "SpecError": "errors",
     "TrainingError": "errors",
-    "TrainingReport": "training",
+    "TrainingReport": "adaptation.training",
     "UnsupportedArgumentError": "errors",
-    "align": "alignment",
-    "anneal": "annealing",
-    "calibrate": "calibration",
-    "convert": "conversion",
-    "describe": "patch",
-    "diagnose": "diagnosis",
-    "distill": "distillation",
-    "export_kernel": "hub_kernel",
-    "export_remote_code": "remote_code",
-    "is_patched": "patch",
-    "match_layers": "layerwise",
-    "model_card": "cards",
-    "param_groups": "training",
-    "patch_model": "patch",
+    "align": "adaptation.alignment",
+    "anneal": "adaptation.annealing",
+    "calibrate": "adaptation.calibration",
+    "convert": "adaptation.conversion",
+    "describe": "patching.patch",
+    "diagnose": "diagnosis.diagnosis",
+    "distill": "adaptation.distillation",
+    "export_kernel": "hub.kernel",
+    "export_remote_code": "hub.remote_code",
+    "is_patched": "patching.patch",
+    "match_layers": "adaptation.layerwise",
+    "model_card": "hub.cards",
+    "param_groups": "adaptation.training",
+    "patch_model": "patching.patch",
     "polynomial_attention": "ops",
-    "similarity": "quality",
-    "softmax_attention": "patch",
-    "unpatch_model": "patch",
+    "similarity": "adaptation.quality",
+    "softmax_attention": "patching.patch",
+    "unpatch_model": "patching.patch",
 }
 
 __all__ = [

@@ -15,10 +15,22 @@ from typing import Any
 
 # The module and function of this package that each module is handed to.
 _HOOKS = {
-    "transformers.configuration_utils": ("saved_config", "install_on_configs"),  # imported before torch
-    "transformers.modeling_utils": ("hub", "install_on_models"),
-    "transformers.trainer": ("hub", "install_on_trainer"),
-    "peft.peft_model": ("hub", "install_on_peft"),
+    "transformers.configuration_utils": ("patching.saved_config", "install_on_configs"),  # imported before torch
+    "transformers.modeling_utils": ("hub.hooks", "install_on_models"),
+    "transformers.trainer": ("hub.hooks", "install_on_trainer"),
+    "peft.peft_model": ("hub.hooks", "install_on_peft"),
+}
+
+
+# The places of modules that were files of this package before it had rooms (version 0.1.0).
+_MOVED = {
+    **dict.fromkeys(("attention", "core", "families", "masking", "patch", "saved_config"), "patching"),
+    **dict.fromkeys(("alignment", "annealing", "calibration", "capture", "conversion", "distillation"), "adaptation"),
+    **dict.fromkeys(("fitting", "layerwise", "quality", "training"), "adaptation"),
+    **dict.fromkeys(("callback", "inspection", "monitor"), "diagnosis"),
+    **dict.fromkeys(("card_template", "cards", "checkpoint", "modeling_polyattn", "pushing", "remote_code"), "hub"),
+    **dict.fromkeys(("ops.tune", "ops.tuning"), "ops.triton"),
+    "ops.build": "ops.cpu",
 }
 
 
@@ -45,11 +57,15 @@ class _HookLoader(Loader):
 
 
 class _HookFinder(MetaPathFinder):
-    """Finds the hooked modules as Python would, with a `_HookLoader` around their loader."""
+    """Finds the hooked modules as Python would, with a `_HookLoader` around their loader; says where moved ones are."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package == __package__ and name in _MOVED:
+            place = f"{package}.{_MOVED[name]}.{name.rpartition('.')[2]}"
+            raise ModuleNotFoundError(f"{fullname} is now {place}; public names are in {package} itself", name=fullname)
         if fullname not in _HOOKS:
             return None
         for finder in sys.meta_path:

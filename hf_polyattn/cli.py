@@ -51,7 +51,7 @@ class Dtype(StrEnum):
 @app.command()
 def describe(model: Model) -> None:
     """Print every attention module of a model: its heads, and its polynomial, or why it cannot have one."""
-    from .patch import describe as describe_model
+    from .patching.patch import describe as describe_model
 
     loaded, _ = _load(model, "cpu")
     typer.echo(describe_model(loaded))
@@ -76,10 +76,10 @@ def patch(
     device: Device = None,
 ) -> None:
     """Load a softmax model, make its attention polynomial, calibrate it on a data set, and save it."""
-    from .calibration import calibrate as calibrate_model
-    from .conversion import convert
+    from .adaptation.calibration import calibrate as calibrate_model
+    from .adaptation.conversion import convert
     from .examples import read_batches
-    from .patch import patch_model
+    from .patching.patch import patch_model
 
     loaded, processor = _load(model, device)
     patch_model(loaded, spec)
@@ -106,7 +106,7 @@ def calibrate(
     device: Device = None,
 ) -> None:
     """Calibrate a polynomial model again, on other data or to another polynomial, and save it."""
-    from .calibration import calibrate as calibrate_model
+    from .adaptation.calibration import calibrate as calibrate_model
     from .examples import read_batches
 
     loaded, processor = _load(model, device)
@@ -129,7 +129,7 @@ def diagnose(
     device: Device = None,
 ) -> None:
     """Print how the attention of a polynomial model compares with softmax's on a data set: norms, scores, NaNs."""
-    from .diagnosis import diagnose as diagnose_model
+    from .diagnosis.diagnosis import diagnose as diagnose_model
     from .examples import read_batches
 
     loaded, processor = _load(model, device)
@@ -159,7 +159,7 @@ def push(
     """
     from huggingface_hub import ModelCard
 
-    from .patch import is_patched
+    from .patching.patch import is_patched
 
     loaded, processor = _load(str(model), "cpu")
     if not is_patched(loaded):
@@ -184,7 +184,7 @@ def bench(
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
 ) -> None:
     """Verify polynomial attention and time it next to softmax on this machine."""
-    from .bench import run
+    from .bench.bench import run
     from .ops.backends import check_name
 
     names = None if dtype is None else [str(name) for name in dtype]
@@ -195,7 +195,7 @@ def bench(
 @app.command()
 def build() -> None:
     """Compile the CPU kernels now instead of at first use."""
-    from .ops.build import build as build_kernels
+    from .ops.cpu.build import build as build_kernels
 
     typer.echo(build_kernels())
 
@@ -203,7 +203,7 @@ def build() -> None:
 @app.command()
 def export_code(model: Annotated[Path, typer.Argument(help="Folder of a saved polynomial model.")]) -> None:
     """Write code beside a saved model that runs it without this package, for those who trust it."""
-    from .remote_code import export_remote_code
+    from .hub.remote_code import export_remote_code
 
     written = export_remote_code(model)
     typer.echo(f"written to {written}; trust_remote_code=True runs it where hf_polyattn is not installed")
@@ -212,7 +212,7 @@ def export_code(model: Annotated[Path, typer.Argument(help="Folder of a saved po
 @app.command()
 def export_kernel(output: Annotated[Path, typer.Argument(help="Folder of the kernel; replaced if it is one.")]) -> None:
     """Write the operator as a kernel of the Hub, which the package `kernels` loads."""
-    from .hub_kernel import export_kernel as write_kernel
+    from .hub.kernel import export_kernel as write_kernel
 
     typer.echo(f"written to {write_kernel(output)}; kernels.get_local_kernel loads it")
 

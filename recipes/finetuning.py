@@ -36,10 +36,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
 from hf_polyattn import InputError, PolyAttnError
-from hf_polyattn.distillation import LEARNING_RATES
-from hf_polyattn.families import attention_sites
-from hf_polyattn.patch import is_patched, patched_layers
-from hf_polyattn.saved_config import CONFIG_KEY
+from hf_polyattn.adaptation.distillation import LEARNING_RATES
+from hf_polyattn.patching.families import attention_sites
+from hf_polyattn.patching.patch import is_patched, patched_layers
+from hf_polyattn.patching.saved_config import CONFIG_KEY
 
 
 def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:

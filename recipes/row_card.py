@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_polyattn.card_template import TAGS, fill_template, introduction, markdown_table
+from hf_polyattn.hub.card_template import TAGS, fill_template, introduction, markdown_table
 
 CONTROL = "control"
 START = "start"  # an arm of softmax, if a row has it, that the others start from

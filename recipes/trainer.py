@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_polyattn import PolyAttnError, param_groups
-from hf_polyattn.distillation import divergence
+from hf_polyattn.adaptation.distillation import divergence
 
 
 class FinetuningError(PolyAttnError):

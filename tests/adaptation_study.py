@@ -30,14 +30,14 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 import hf_polyattn as hp
-from hf_polyattn.attention import softmax_forward
-from hf_polyattn.calibration import fit_layers, write_fits
-from hf_polyattn.capture import Observation, Replay, model_inputs, observing
-from hf_polyattn.core import PolyAttention
-from hf_polyattn.distillation import LEARNING_RATES, divergence
-from hf_polyattn.masking import RangeMask
-from hf_polyattn.patch import patched_layers
-from hf_polyattn.training import TrainingState, param_groups, train
+from hf_polyattn.adaptation.calibration import fit_layers, write_fits
+from hf_polyattn.adaptation.capture import Observation, Replay, model_inputs, observing
+from hf_polyattn.adaptation.distillation import LEARNING_RATES, divergence
+from hf_polyattn.adaptation.training import TrainingState, param_groups, train
+from hf_polyattn.patching.attention import softmax_forward
+from hf_polyattn.patching.core import PolyAttention
+from hf_polyattn.patching.masking import RangeMask
+from hf_polyattn.patching.patch import patched_layers
 
 Batch = dict[str, Tensor]
 Groups = list[dict[str, Any]]  # of the optimizer, beside those of the model

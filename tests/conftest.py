@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.register_assert_rewrite("kernel_cases")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -143,7 +142,7 @@ def polynomial() -> Callable[..., Any]:
 @torch.no_grad()
 def randomize(model: Any, seed: int) -> None:
     """Gives every head of a patched model other coefficients and, where the config uses them, an interval."""
-    from hf_polyattn.patch import patched_layers
+    from hf_polyattn.patching.patch import patched_layers
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -165,9 +164,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextMa
 
     `mask` sees every key; `normalizer` counts every key, visible or not.
     """
-    import hf_polyattn.core
+    import hf_polyattn.patching.core
 
-    correct = hf_polyattn.core.polynomial_attention
+    correct = hf_polyattn.patching.core.polynomial_attention
 
     def without_mask(*args: Any, **kwargs: Any) -> Any:
         return correct(*args, **{**kwargs, "mask": None, "ranges": None, "causal": False, "window": None})
@@ -179,7 +178,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextMa
     def replace(part: str) -> Iterator[None]:
         with monkeypatch.context() as patch:
             replacement = {"mask": without_mask, "normalizer": counting_all}[part]
-            patch.setattr(hf_polyattn.core, "polynomial_attention", replacement)
+            patch.setattr(hf_polyattn.patching.core, "polynomial_attention", replacement)
             yield
 
     return replace

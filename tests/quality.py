@@ -1,4 +1,4 @@
-"""How much of each checkpoint calibration alone keeps: what tests/test_calibration.py asserts.
+"""How much of each checkpoint calibration alone keeps: what tests/adaptation/test_calibration.py asserts.
 
     python tests/quality.py --write      # every spec on every checkpoint → benchmarks/calibration.json
     python tests/quality.py gpt2-zinc poly3 poly6-l1

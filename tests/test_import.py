@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,8 +101,9 @@ for name in sys.argv[1:]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_every_module_can_be_imported_first() -> None:
-    modules = sorted(name for name in FILES if floor_of(name) >= 3 and name != "__init__")
-    assert {"attention", "hub", "patch"} <= set(modules)
+    above = list(HOUSE)[list(HOUSE).index("patching") :]
+    modules = sorted(name for name in FILES if room_of(name) in above and name != "__init__")
+    assert {"patching.attention", "hub.hooks", "patching.patch"} <= set(modules)
     assert python(FIRST, *modules) == ""
 
 
@@ -128,7 +130,7 @@ def test_hooks_are_installed_once_and_modules_keep_their_source() -> None:
 
 def test_public_names_resolve_to_functions_and_classes() -> None:
     for name in FILES:  # a module of the same name must not take the place of a function
-        if floor_of(name) != 1 and name != "__init__":
+        if room_of(name) != "ops" and name != "__init__":
             importlib.import_module(f"hf_polyattn.{name}")
     for name in hp.__all__:
         value = getattr(hp, name)
@@ -148,40 +150,40 @@ def test_type_checkers_see_the_public_names() -> None:
     assert seen == set(hp.__all__)
 
 
-# ---------------------------------------------------------------- floors
+# ---------------------------------------------------------------- rooms
 
-FLOORS = {
-    0: {"errors", "files", "saved_config", "spec"},
-    1: {"ops"},
-    2: {"core"},
-    3: {"attention", "families", "masking", "patch"},
-    4: {"capture", "card_template", "checkpoint", "fitting", "inspection", "training"},
-    5: {
-        "bench", "calibration", "cards", "diagnosis", "examples", "hub_kernel", "layerwise", "modeling_polyattn",
-        "monitor", "quality", "remote_code",
-    },
-    6: {"distillation", "pushing"},
-    7: {"alignment", "annealing", "conversion", "hub"},
-    8: {"_activation", "callback", "cli"},
-    9: {"__init__", "__main__"},
-}  # fmt: skip
-SHARING_A_FLOOR = {0, 1, 3}  # where modules may import their neighbours
-ALLOWED_PACKAGES = {
-    0: set[str](),
-    1: {"torch"},
-    2: {"torch"},
-    3: {"torch", "transformers"},
-    4: {"torch", "transformers", "tqdm", "numpy", "huggingface_hub"},
-    **{floor: {"torch", "transformers", "tqdm", "numpy", "safetensors", "huggingface_hub"} for floor in (5, 6, 7)},
-    8: {"torch", "transformers", "typer"},
-    9: set[str](),
+# The table of rooms in DESIGN.md, section 3: a row a floor, `room` or `room/`, and the rooms that it imports.
+ROW = re.compile(r"^\| (?P<rooms>`[^|]+) \|[^|]+\| (?P<imports>[^|]+) \|$", re.MULTILINE)
+
+
+def read_house() -> dict[str, set[str]]:
+    """Returns what each room of DESIGN.md's table may import, in the table's order."""
+    text = (PACKAGE.parent / "DESIGN.md").read_text()
+    section = text[text.index("## 3.") : text.index("## 4.")]
+    names = re.compile(r"`([\w.]+)/?`")
+    return {
+        room: set(names.findall(row["imports"]))
+        for row in ROW.finditer(section)
+        for room in names.findall(row["rooms"])
+    }
+
+
+HOUSE = read_house()
+NUMERIC = {"torch", "transformers", "tqdm", "numpy", "safetensors", "huggingface_hub"}
+PACKAGES = {
+    "ops": {"torch"},
+    "patching": {"torch", "transformers"},
+    "adaptation": NUMERIC,
+    "diagnosis": NUMERIC,
+    "hub": NUMERIC,
+    "bench": NUMERIC,
+    "examples": NUMERIC,
+    "cli": {"typer"},
 }
 
 
-def floor_of(module: str) -> int:
-    floors = [floor for floor, modules in FLOORS.items() if module.partition(".")[0] in modules]
-    assert floors, f"hf_polyattn/{module.replace('.', '/')}.py has no floor; DESIGN.md and this table name them"
-    return floors[0]
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def imports(module: str, everywhere: bool = True) -> Iterator[str]:
@@ -214,19 +216,23 @@ def imported_modules(module: str) -> set[str]:
     return {name[1:] for name in imports(module) if name.startswith(".")}
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
-def test_a_module_imports_from_lower_floors_only(module: str) -> None:
-    floor = floor_of(module)
-    for imported in imported_modules(module):
-        below = floor_of(imported)
-        assert below < floor or (below == floor and floor in SHARING_A_FLOOR), f"{module} imports {imported}"
+def test_every_module_has_a_room_and_every_room_is_there() -> None:
+    assert {room_of(module) for module in FILES} == HOUSE.keys()
+
+
+@pytest.mark.parametrize("room", HOUSE)
+def test_a_room_imports_what_design_md_says_and_nothing_from_above(room: str) -> None:
+    imported = {room_of(name) for module in FILES if room_of(module) == room for name in imported_modules(module)}
+    assert imported - {room} == HOUSE[room]
+    order = list(HOUSE)
+    assert all(order.index(other) < order.index(room) for other in HOUSE[room])
 
 
 def test_the_reader_of_imports_sees_them() -> None:
-    assert {"attention", "core", "families", "ops.backends", "spec"} <= imported_modules("patch")
+    assert {"patching.core", "patching.families", "ops.backends", "spec"} <= imported_modules("patching.patch")
     assert {"errors", "spec", "ops.call", "ops.reference"} <= imported_modules("ops.api")
-    assert "patch" in imported_modules("hub")  # inside a function
-    assert "torch" in set(imports("core", everywhere=False))
+    assert "patching.patch" in imported_modules("hub.hooks")  # inside a function
+    assert "torch" in set(imports("patching.core", everywhere=False))
 
 
 def test_imports_have_no_cycle() -> None:
@@ -237,15 +243,43 @@ def test_imports_have_no_cycle() -> None:
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     outside = {name for name in imports(module, everywhere=False) if not name.startswith(".")}
-    allowed = ALLOWED_PACKAGES[floor_of(module)] | ({"triton"} if module.startswith("ops.triton_") else set())
+    allowed = PACKAGES.get(room_of(module), set()) | ({"triton"} if module.startswith("ops.triton.") else set())
     assert outside - sys.stdlib_module_names <= allowed
 
 
 def test_backends_do_not_import_one_another_and_ops_knows_no_transformers() -> None:
-    backends = {f"ops.{backend.module}" for backend in BACKENDS.values()}
-    assert backends <= set(FILES)
-    for backend in backends:
-        assert not imported_modules(backend) & backends
-    for module in FILES:
-        if floor_of(module) <= 2:
-            assert "transformers" not in set(imports(module))
+    modules = {f"ops.{backend.module}" for backend in BACKENDS.values()}
+    assert modules <= set(FILES)
+    of_backend = {module: ".".join(module.split(".")[:2]) for module in FILES if module.startswith("ops.")}
+    backends = {of_backend[module] for module in modules}
+    for module, backend in of_backend.items():
+        if backend in backends:
+            others = {of_backend.get(name, name) for name in imported_modules(module)} & backends
+            assert others <= {backend}, module
+        assert "transformers" not in set(imports(module))
+
+
+# ---------------------------------------------------------------- before there were rooms
+
+OLD = """
+import importlib, sys
+import hf_polyattn
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(f"hf_polyattn.{name}")
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+
+
+def test_a_module_of_version_0_1_0_is_refused_with_its_new_place() -> None:
+    from hf_polyattn._activation import _MOVED
+
+    printed = python(OLD, *_MOVED).splitlines()
+    assert len(printed) == len(_MOVED)
+    for name, line in zip(_MOVED, printed, strict=True):
+        old, _, new = line.partition(";")[0].partition(" is now hf_polyattn.")
+        assert old == f"hf_polyattn.{name}"
+        assert new in FILES
+    room = importlib.import_module("hf_polyattn.diagnosis")  # a file that became a room
+    assert room.diagnose is hp.diagnose

@@ -1,4 +1,7 @@
-"""The polynomial attention operator. It knows tensors only, nothing of Transformers."""
+"""The polynomial attention operator. It knows tensors only, nothing of Transformers.
+
+Imports `errors` and `spec`. Other rooms come for `polynomial_attention`; backends never import one another.
+"""
 
 from .api import polynomial_attention
 from .backends import BACKENDS

@@ -34,7 +34,7 @@ class Backend:
     """One row of the table.
 
     Attributes:
-        module: the file in `hf_polyattn.ops`, imported when first chosen.
+        module: in `hf_polyattn.ops`, imported when first chosen.
         fused: whether it runs behind the `torch.library` operator with a backward of its own; otherwise it
             is plain PyTorch that autograd and the compiler see through.
         why_not: the reason why it cannot run a problem, or None.
@@ -70,7 +70,7 @@ def _cpu_is_usable() -> bool:
 
 @functools.cache
 def _cpu_kernels_load() -> bool:
-    from . import build
+    from .cpu import build
 
     try:
         build.load()
@@ -122,8 +122,8 @@ def _triton_missing() -> str | None:
 
 # `auto` takes the first that has no objection.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend("triton", fused=True, why_not=_triton_why_not),
-    "cpu": Backend("cpu", fused=True, why_not=_cpu_why_not, usable=_cpu_is_usable),
+    "triton": Backend("triton.launch", fused=True, why_not=_triton_why_not),
+    "cpu": Backend("cpu.launch", fused=True, why_not=_cpu_why_not, usable=_cpu_is_usable),
     "chunked": Backend("chunked", fused=True, why_not=_chunked_why_not),
     "reference": Backend("reference", fused=False, why_not=_reference_why_not),
 }

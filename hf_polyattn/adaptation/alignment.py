@@ -1,0 +1,173 @@
+"""Partition alignment: a short training under softmax after which a polynomial can do without the division.
+
+Softmax divides row i by exp(lse_i). A polynomial with a fixed normalizer cannot, and has only its center to follow
+lse_i: c⁰ + scaling · q_i·μ, linear in the query. What is linear costs nothing, so what counts is the rest,
+
+    residual_i = lse_i − α log n_i − (its regression on q_i and a constant),
+
+with α = ½ for rsqrt, 1 for mean, 0 for none. Alignment trains the softmax model with its mean square as a penalty,
+beside the distillation loss that keeps the model where it was. Source: DESIGN.md, "Partition alignment".
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, PatchError
+from ..ops.masks import band
+from ..patching.core import PolyAttention
+from ..patching.patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
+from .capture import Observation, observing
+from .distillation import divergence_from
+from .fitting import ALPHA
+from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, train
+
+MAX_ROWS = 128  # query rows of a batch entry whose partition sums are looked at
+
+
+def align(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    steps: int,
+    penalty: float = 0.3,
+    lr: float = 3e-4,
+    weight_decay: float = 0.0,
+    teacher: nn.Module | None = None,
+    max_grad_norm: float = 1.0,
+    warmup: float = 0.1,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> TrainingReport:
+    """Trains the weights of a patched model under softmax, in place, so that its rows' partition sums agree.
+
+    The polynomials are not used and do not change; calibrate afterwards.
+
+    Args:
+        model: patched with the spec that is to come.
+        batches: dicts of model inputs, gone through again when there are fewer than `steps`.
+        steps: optimizer updates, one batch each.
+        penalty: weight of the mean squared residual, nats², beside the distillation loss.
+        lr: peak learning rate.
+        weight_decay: of the matrices.
+        teacher: the softmax model to stay close to; None takes a copy of `model` with softmax restored.
+        max_grad_norm, warmup, checkpoint, checkpoint_every, accelerator, progress: see `distill`.
+
+    Returns:
+        The loss and gradient norm of every step.
+
+    Raises:
+        PatchError: the model is not patched, or the teacher is.
+        InputError: no steps, no batches, or a spec with l1, which divides by the partition sum itself.
+        TrainingError: a loss or gradient is not finite.
+    """
+    if not is_patched(model):
+        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    if teacher is not None and is_patched(teacher):
+        raise PatchError("the teacher is patched; give the softmax model, or None for a softmax copy of the model")
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
+    device = device_of(model, accelerator)
+    layers = patched_layers(model)
+    if all(child.config.spec.normalizer == "l1" for _, child in layers):
+        raise InputError(
+            f"{spec_of(model)} divides by its row sums and needs no alignment; it is for rsqrt, mean, none"
+        )
+    state = TrainingState(checkpoint, {"align": spec_of(model), "steps": steps, "lr": lr, "penalty": penalty})
+    if teacher is None:
+        teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
+    teacher.to(device)
+    polynomials = [p for _, child in layers for p in child.parameters() if p.requires_grad]
+    for parameter in polynomials:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(teacher):
+            return train(
+                model,
+                batches,
+                partial(_loss, teacher, layers, penalty),
+                param_groups(model, lr, weight_decay=weight_decay),
+                steps=steps,
+                warmup=warmup,
+                max_grad_norm=max_grad_norm,
+                until=0.0,
+                state=state,
+                checkpoint_every=checkpoint_every,
+                accelerator=accelerator,
+                title="align",
+                progress=progress,
+            )
+    finally:
+        for parameter in polynomials:
+            parameter.requires_grad_(True)
+
+
+def _loss(
+    teacher: nn.Module,
+    layers: list[tuple[str, PolyAttention]],
+    penalty: float,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+) -> Tensor:
+    residuals: list[Tensor] = []
+
+    def observer(path: str, child: PolyAttention, seen: Observation) -> None:
+        if child.config.spec.normalizer != "l1":
+            with torch.autocast(seen.query.device.type, enabled=False):  # a small difference of large numbers
+                residuals.append(residual(seen, ALPHA[child.config.spec.normalizer]))
+
+    with ExitStack() as stack:
+        for path, child in layers:
+            stack.enter_context(observing(model, path, child, inputs, observer))
+        divergence = divergence_from(teacher, model, inputs)
+    return divergence + penalty * torch.stack(residuals).mean()
+
+
+def residual(seen: Observation, alpha: float) -> Tensor:
+    """Returns the mean squared residual of a layer's log partition sums, nats², a differentiable float32 scalar.
+
+    The regression is that of this batch, per head; its coefficients are held fixed, for they are optimal: the gradient
+    is that of the minimum.
+    """
+    query, key = seen.query.float(), seen.key.float()
+    length = query.shape[2]
+    rows = torch.arange(0, length, max(1, -(-length // MAX_ROWS)), device=query.device)
+    if seen.mask is None:
+        pattern = band(range(length), range(key.shape[2]), seen.causal, seen.window, query.device)
+        if pattern is None:
+            pattern = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
+        visible = pattern[rows].expand(query.shape[0], 1, -1, -1)
+    else:
+        visible = seen.mask.expand(query.shape[0], -1, length, -1)[:, :, rows]
+    query = query[:, :, rows]
+    batch, heads, _, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, dim)
+    scores = (grouped @ key.transpose(-1, -2)).reshape(batch, heads, len(rows), -1) * seen.scaling
+    count = visible.sum(-1)
+    weight = (count > 0).expand(batch, heads, -1)
+    if seen.real is not None:
+        weight = weight & seen.real[:, None, rows]
+    # a row that sees nothing gets finite scores, and no weight
+    lse = scores.masked_fill(~(visible | (count == 0).unsqueeze(-1)), -torch.inf).logsumexp(-1)
+    y = lse - alpha * count.clamp(min=1).float().log()
+    x = torch.cat([query * seen.scaling, torch.ones_like(query[..., :1])], -1)
+    x = x.transpose(0, 1).flatten(1, 2)
+    y, weight = (tensor.transpose(0, 1).flatten(1) for tensor in (y, weight.float()))  # (H, rows)
+    with torch.no_grad():
+        weighted = (x * weight.unsqueeze(-1)).double()
+        gram = weighted.mT @ x.double()
+        gram = gram + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(dim + 1).to(gram)
+        solution = torch.linalg.solve(gram, weighted.mT @ y.double().unsqueeze(-1)).float()
+    rest = y - (x @ solution).squeeze(-1)
+    mean_square: Tensor = (rest.square() * weight).sum() / weight.sum().clamp(min=1.0)
+    return mean_square

@@ -1,0 +1,222 @@
+"""Closed-form calibration: per-head polynomials that reproduce softmax, without a gradient step.
+
+Softmax runs over a few batches, every patched layer sees its own queries, keys and values and softmax's
+output, and per head three things are computed in passes over the batches:
+
+1. the key shift μ_h and an offset, by regression of the rows' log partition sums on their queries, which puts
+   all rows on one interval of scores;
+2. the top of that interval: the largest shifted score, or the largest that few rows exceed;
+3. for these tops and several widths, the coefficients: linear least squares for the fixed normalizers, the
+   ratio fit for l1, scaling and squaring for powers. The interval that reproduces softmax's output best wins.
+
+Source: DESIGN.md, "Calibration in closed form".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CalibrationError, PatchError
+from ..ops.masks import band
+from ..patching.core import PolyAttention
+from ..patching.patch import change_specs, format_table, is_patched, patched_layers, reconfigure, spec_of
+from ..spec import Polynomial
+from .capture import Observation, Replay, take_batches
+from .fitting import LayerFit, LayerReport, Rows
+
+MAX_ROWS = 2048  # query rows a layer that the coefficients are fitted to
+_CHUNK_SCORES = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What `calibrate` did; prints as a table and says which layers fit badly.
+
+    Attributes:
+        spec: the spec that was calibrated.
+        rows: query rows, padding left out, that each layer saw.
+        layers: one `LayerReport` per patched attention module.
+    """
+
+    spec: str
+    rows: int
+    layers: tuple[LayerReport, ...]
+
+    #: A layer whose mean explained variance is lower than this is said to fit badly.
+    BAD_FIT = 0.8
+
+    @property
+    def bad_layers(self) -> tuple[str, ...]:
+        """Paths of the layers that fit badly."""
+        return tuple(layer.path for layer in self.layers if _mean(layer.explained_variance) < self.BAD_FIT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON types."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        header = ("module", "explained variance", "worst head", "scores", "interval width", "lse residual")
+        rows = []
+        for layer in self.layers:
+            low = min(pair[0] for pair in layer.score_range)
+            high = max(pair[1] for pair in layer.score_range)
+            worst = min(range(len(layer.width)), key=layer.explained_variance.__getitem__)
+            rows.append(
+                (
+                    layer.path,
+                    f"{_mean(layer.explained_variance):.4f}",
+                    f"{layer.explained_variance[worst]:.4f} (head {worst})",
+                    f"{low:.1f} … {high:.1f}",
+                    f"{min(layer.width):.0f} … {max(layer.width):.0f}",
+                    f"{_mean(layer.residual):.2f}",
+                )
+            )
+        verdict = "every layer fits."
+        if self.bad_layers:
+            verdict = f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}."
+        return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer: {verdict}"
+
+
+def _mean(numbers: tuple[float, ...]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    spec: str | Polynomial | None = None,
+    max_batches: int | None = 16,
+    key_shift: bool = True,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Sets the polynomials of a patched model, in place, so that it reproduces its softmax original.
+
+    Args:
+        model: a patched model.
+        batches: model inputs, mappings or main-input tensors; padding (by `attention_mask`) is left out.
+        spec: another polynomial to give to every patched layer; None fits those that the layers have.
+        max_batches: how many of them to use; None for all. A few thousand tokens are enough.
+        key_shift: also fit the key shift μ_h.
+        progress: show progress bars.
+
+    Returns:
+        A report with explained variance, score range and chosen interval of each layer and head.
+
+    Raises:
+        PatchError: the model is not patched.
+        CalibrationError: no batches, no visible scores, or non-finite activations. The model is left as it was.
+    """
+    if not is_patched(model):
+        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    specs = {
+        path: child.config.spec if spec is None else Polynomial.parse(spec) for path, child in patched_layers(model)
+    }
+    passes = Replay(model, take_batches(batches, max_batches), progress=progress)
+    fits = fit_layers(model, passes, specs, key_shift=key_shift)
+    write_fits(model, fits, key_shift=key_shift)
+    first = next(iter(fits.values()))
+    return CalibrationReport(spec_of(model), int(first.count), tuple(fit.report for fit in fits.values()))
+
+
+@torch.no_grad()
+def fit_layers(
+    model: nn.Module, passes: Replay, specs: Mapping[str, Polynomial], *, key_shift: bool = True
+) -> dict[str, LayerFit]:
+    """Returns the fits of a polynomial for each path of `specs`; the model is left as it is.
+
+    Raises:
+        CalibrationError: no visible scores, or non-finite activations.
+    """
+    children = dict(patched_layers(model))
+    fits = [LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()]
+
+    def run(stage: str, title: str, taking: list[LayerFit]) -> list[LayerFit]:
+        """Shows all batches to those fits and returns them."""
+        shown = {fit.path: fit for fit in taking}
+
+        def observer(path: str, child: PolyAttention, observation: Observation) -> None:
+            if path not in shown:
+                return
+            fit = shown[path]
+            stride = max(1, int(fit.count) // MAX_ROWS) if stage in ("see_features", "see_errors") else 1
+            for rows in _fit_rows(path, observation, stride):
+                getattr(fit, stage)(rows)
+
+        for fit in taking:
+            fit.start_pass()
+        if taking:
+            passes.run(observer, f"calibrate: {title}")
+        return taking
+
+    for fit in run("see_partition_sums", "key shift", fits):
+        fit.solve_key_shift()
+    for fit in run("see_range", "score range", fits):
+        fit.choose_candidates()
+    for number in range(max(fit.rounds for fit in fits)):
+        for fit in run("see_features", f"coefficients {number + 1}", [fit for fit in fits if fit.rounds > number]):
+            fit.solve_coefficients()
+        if number == 0:
+            for fit in run("see_errors", "intervals", [fit for fit in fits if fit.rounds > 1]):
+                fit.choose_intervals()
+    run("see_errors", "choice", [fit for fit in fits if fit.needs_errors])
+    for fit in fits:
+        fit.finish()
+    return {fit.path: fit for fit in fits}
+
+
+@torch.no_grad()
+def write_fits(model: nn.Module, fits: Mapping[str, LayerFit], *, key_shift: bool = True) -> None:
+    """Gives patched layers the polynomials that were fitted for them."""
+    change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
+    for fit in fits.values():
+        fit.write()
+    reconfigure(model, interval=True, clamp=True, key_shift=key_shift)
+
+
+def _fit_rows(path: str, observation: Observation, stride: int) -> Iterator[Rows]:
+    """Yields every `stride`-th query row, in chunks of batch entries so that memory stays bounded."""
+    batch, heads, q_len, head_dim = observation.query.shape
+    k_len = observation.key.shape[2]
+    every = slice(None, None, stride)
+    step = max(1, _CHUNK_SCORES // max(1, heads * len(range(q_len)[every]) * k_len))
+    device = observation.query.device
+    pattern = band(range(q_len), range(k_len), observation.causal, observation.window, device)
+    visible = (
+        torch.ones(1, 1, q_len, k_len, dtype=torch.bool, device=device) if pattern is None else pattern[None, None]
+    )
+    if observation.mask is not None:
+        visible = visible & observation.mask
+    visible = visible.expand(batch, -1, q_len, -1)[:, :, every]
+    real = torch.ones(batch, q_len, dtype=torch.bool, device=device) if observation.real is None else observation.real
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        query = observation.query[part, :, every].float()
+        key, value = observation.key[part].float(), observation.value[part].float()
+        seen = visible[part]
+        count = seen.sum(-1)
+        weight = (real[part, every][:, None] & (count > 0)).expand(-1, heads, -1)
+        grouped = query.reshape(query.shape[0], key.shape[1], -1, head_dim)
+        scores = (grouped @ key.transpose(-1, -2)).reshape(-1, heads, query.shape[2], k_len) * observation.scaling
+        target = observation.output[part, every].float().transpose(1, 2)
+        if not bool(torch.isfinite(scores).all() & torch.isfinite(target[weight]).all()):
+            raise CalibrationError(
+                f"layer {path!r} has non-finite scores or outputs under softmax; check the checkpoint"
+            )
+        yield Rows(
+            query=query,
+            value=value,
+            target=target.masked_fill(~weight.unsqueeze(-1), 0.0),
+            scores=scores.masked_fill(~seen, 0.0),
+            visible=seen.float(),
+            count=count.clamp(min=1).float(),
+            weight=weight.float(),
+            scaling=observation.scaling,
+        )

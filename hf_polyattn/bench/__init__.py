@@ -1,0 +1,8 @@
+"""Times polynomial attention next to softmax on this machine: `run` is `polyattn bench`.
+
+Imports `patching` and below.
+"""
+
+from .bench import run
+
+__all__ = ["run"]

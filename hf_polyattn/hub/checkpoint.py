@@ -1,0 +1,196 @@
+"""Guards on saved polynomial models: what a checkpoint must have, checked before it is read and once it is loaded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..errors import CheckpointError, PatchError
+from ..patching.attention import IMPLEMENTATIONS
+from ..patching.core import CHILD_NAME, PolyAttention
+from ..patching.patch import SAVED_MODULES, is_patched
+from ..patching.saved_config import CONFIG_KEY
+
+_TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1}
+_MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each
+_AGAIN = "Download the checkpoint again (force_download=True), or calibrate the model and save it again."
+
+
+def check_files(
+    config: PreTrainedConfig,
+    files: Sequence[str] | None,
+    state_dict: Mapping[str, Tensor] | None,
+    sharded_metadata: Mapping[str, Any] | None,
+) -> None:
+    """Checks the files of a checkpoint whose config names polynomials, and the polynomials in them, before loading.
+
+    Args:
+        config: the model's.
+        files: that will be loaded.
+        state_dict: what is loaded in place of files.
+        sharded_metadata: of the index of shards, if there is one: `weight_map` has their names.
+
+    Raises:
+        CheckpointError: a file that is not safetensors, cannot be read or lies outside the checkpoint's folder; a
+            polynomial tensor that is unknown, of a wrong type or not finite; a radius that is not positive.
+    """
+    if not _names_polynomials(config):
+        return
+    if state_dict is not None:
+        _check_tensors("the state dict", state_dict.items())
+        return
+    shards = {Path(name) for name in (sharded_metadata or {}).get("weight_map", {}).values()}
+    for file in sorted({*shards, *map(Path, files or ())}):
+        if ".." in file.parts or (file in shards and file.is_absolute()):
+            raise CheckpointError(
+                f"{config.name_or_path or 'the checkpoint'}: the index of shards names {str(file)!r}, outside the "
+                "checkpoint's folder. Do not load this checkpoint; ask who made it for one that save_pretrained wrote."
+            )
+    for name in files or ():
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{name} is not a safetensors file, and polynomial models are loaded from no other: a pickle can run "
+                "code. Load it where you trust it and save it again with save_pretrained."
+            )
+        _check_tensors(name, _polynomial_tensors(name))
+
+
+def check_loaded(model: nn.Module, info: Any, source: str) -> None:
+    """Checks that a model got every polynomial that its config names, and no other, from its checkpoint.
+
+    A config written by hand beside a softmax checkpoint names no modules: all of its polynomials may be missing.
+
+    Args:
+        model: loaded, its missing tensors not yet set.
+        info: `LoadStateDictInfo` of Transformers: missing, unexpected and mismatched keys.
+        source: folder or Hub id of the checkpoint, named by errors.
+
+    Raises:
+        CheckpointError: a polynomial's tensors are missing or have another shape, or the config names modules that
+            neither the model nor the checkpoint has.
+        PatchError: the model would be softmax where the checkpoint, or its attention implementation, is polynomial.
+    """
+    _refuse_softmax(model, info.unexpected_keys, source)
+    polynomials = {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PolyAttention)
+    }
+    for key, found, needed in info.mismatched_keys:
+        path = key.rpartition(".")[0]
+        if path in polynomials:
+            layer = polynomials[path]
+            raise CheckpointError(
+                f"{source}: tensor {key!r} has shape {tuple(found)}, but {layer.heads} heads of dim {layer.head_dim} "
+                f"and the spec {layer.config.spec} need {tuple(needed)}. config.json and the weights are of different "
+                "models; save the model again with save_pretrained."
+            )
+    missing = defaultdict(set)
+    for key in info.missing_keys:
+        path, _, name = key.rpartition(".")
+        if path in polynomials:
+            missing[path].add(name)
+    saved = any(getattr(module, SAVED_MODULES, None) is not None for module in model.modules())
+    for path, names in sorted(missing.items()):
+        if saved or len(names) < len(_TENSORS):
+            raise CheckpointError(
+                f"{source}: {sorted(names)} of the polynomial {path!r} are missing, which config.json says is there. "
+                f"{_AGAIN} For a softmax checkpoint with a config written by hand, leave 'modules' out of {CONFIG_KEY}."
+            )
+    absent = _absent_modules(model, info.unexpected_keys)
+    if absent:
+        raise CheckpointError(
+            f"{source}: {CONFIG_KEY} names polynomial attention at {absent[:5]}{' …' if len(absent) > 5 else ''}, but "
+            f"{type(model).__name__} has no such modules and the checkpoint no such tensors. {_AGAIN}"
+        )
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation in IMPLEMENTATIONS and not is_patched(model):
+        raise PatchError(
+            f"{source}: attn_implementation is {implementation!r}, but there is no {CONFIG_KEY} and the model would "
+            "silently be softmax. Load it with attn_implementation='sdpa' and call patch_model(model, spec)."
+        )
+
+
+def _names_polynomials(config: PreTrainedConfig) -> bool:
+    if getattr(config, CONFIG_KEY, None) is not None:
+        return True
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return any(isinstance(part, PreTrainedConfig) and _names_polynomials(part) for part in parts)
+
+
+def _polynomial_tensors(file: str) -> Iterator[tuple[str, Any]]:
+    """Yields names and slices of the polynomial tensors in a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 - it is not a dict
+                if f".{CHILD_NAME}." in name:
+                    shape = content.get_slice(name).get_shape()
+                    if torch.Size(shape).numel() > _MAX_ELEMENTS:
+                        raise CheckpointError(
+                            f"{file}: tensor {name!r} has shape {shape}, more than any model. {_AGAIN}"
+                        )
+                    yield name, content.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}. {_AGAIN}") from None
+
+
+def _check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for key, tensor in tensors:
+        _, found, name = key.partition(f".{CHILD_NAME}.")
+        if not found:
+            continue
+        if name not in _TENSORS:
+            raise CheckpointError(
+                f"{source}: {key!r} is no tensor of a polynomial; there are {sorted(_TENSORS)}. "
+                "Install the hf_polyattn that wrote it: pip install --upgrade hf_polyattn."
+            )
+        if not tensor.is_floating_point() or tensor.dim() != _TENSORS[name]:
+            raise CheckpointError(
+                f"{source}: tensor {key!r} is {tensor.dtype} with shape {tuple(tensor.shape)}; it must be floating "
+                f"point with {_TENSORS[name]} dimensions. {_AGAIN}"
+            )
+        value = tensor.float()
+        if not value.isfinite().all():
+            raise CheckpointError(f"{source}: tensor {key!r} has NaN or infinite values. {_AGAIN}")
+        if name == "radius" and not (value > 0).all():
+            raise CheckpointError(f"{source}: tensor {key!r} has values <= 0; a radius is positive. {_AGAIN}")
+
+
+def _refuse_softmax(model: Any, unexpected_keys: Iterable[str], source: str) -> None:
+    """Raises PatchError if a checkpoint has polynomials for modules that the model would run as softmax."""
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+    softmax = set()
+    for path in polynomial_paths(unexpected_keys):
+        # The checkpoint may be of the bare model and this one have a head, or the other way round.
+        softmax.update({path, prefix + path, path.removeprefix(prefix)} & modules.keys())
+    if softmax:
+        raise PatchError(
+            f"{source} has polynomial attention at {sorted(softmax)}, but the config given to "
+            f"{type(model).__name__} does not say so and it would silently be softmax. Load the checkpoint with "
+            "its own config, or call unpatch_model(model) before saving it."
+        )
+
+
+def _absent_modules(model: Any, unexpected_keys: Iterable[str]) -> list[str]:
+    """Returns the modules that a saved config names and neither the model nor the checkpoint has.
+
+    A model may be loaded with fewer layers than it was saved with: then the checkpoint has their tensors.
+    """
+    named = getattr(model, SAVED_MODULES, None) or {}
+    prefix = f"{model.base_model_prefix}."
+    left_over = {path.removeprefix(prefix) for path in polynomial_paths(unexpected_keys)}
+    attached = getattr(model.config, CONFIG_KEY, None) or {}
+    return sorted(named.keys() - attached.get("modules", {}).keys() - left_over)
+
+
+def polynomial_paths(keys: Iterable[str]) -> set[str]:
+    """Returns the paths of the attention modules to whose polynomials state dict keys belong."""
+    return {path for path, found, _ in (key.partition(f".{CHILD_NAME}.") for key in keys) if found}

@@ -1,0 +1,1 @@
+"""Backend `cpu`: C++ kernels (`csrc/`), compiled at first use (`build`), and their calls (`launch`)."""

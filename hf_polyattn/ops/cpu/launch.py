@@ -1,0 +1,71 @@
+"""Backend `cpu`: the fused C++ kernels of `csrc/`, for bf16, fp16 and fp32 on CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec import NORMALIZERS
+from ..call import Call
+from . import build
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Returns the output (B, Tq, H, Dv), contiguous, in the query's dtype, and the row scale as `library` says."""
+    if call.is_empty:
+        return call.zero_results()
+    output, row_scale = _kernels().attention(*_arguments(call))
+    return output, row_scale
+
+
+def backward(
+    grad_output: Tensor, output: Tensor, row_scale: Tensor, call: Call, *, coefficients_grad: bool, center_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value, coefficients and center (shape (0,) if there is none)."""
+    if call.is_empty:
+        return call.zero_gradients()
+    moments = coefficients_grad and not (call.monomial and call.normalizer == "l1")  # c·t^P over its sum knows no c
+    query, key, value, coefficients, center = _kernels().attention_backward(
+        _rows(grad_output), row_scale, moments, *_arguments(call)
+    )
+    if call.center is not None:
+        center = center.to(call.center.dtype)
+    return query, key, value, coefficients.to(call.coefficients.dtype), center
+
+
+def _kernels() -> Any:
+    build.load()
+    return torch.ops.polyattn_cpu
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Returns a tensor whose last dimension is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float()
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """Returns what the C++ operators take: the call, parameters in float32 and masks expanded to their full shapes."""
+    batch, heads, q_len, _ = call.query.shape
+    return (
+        *(_rows(tensor.detach()) for tensor in (call.query, call.key, call.value)),
+        call.coefficients.detach().float().contiguous(),
+        _float(call.center),
+        _float(call.radius),
+        None if call.mask is None else call.mask.expand(batch, heads, q_len, -1),
+        None if call.ranges is None else call.ranges.expand(batch, q_len, -1),
+        call.seed,
+        call.causal,
+        call.window,
+        call.scaling,
+        call.power.bit_length() - 1,
+        NORMALIZERS.index(call.normalizer),
+        call.clamp,
+        call.monomial,
+        call.dropout,
+    )

@@ -1,0 +1,128 @@
+"""Every shipped configuration compiles for its devices without spilling, and fits them. No GPU is needed.
+
+By default a choice is compiled. POLYATTN_COMPILE=rows compiles each row of the tables, with the spec that has the most
+registers and with the monomial (a quarter of an hour of one core); POLYATTN_COMPILE=all each spec (more than an hour).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton_compilation import SHARED_MEMORY, SPECS, compiling_for, make_call, run_all
+
+from hf_polyattn.ops.call import Call
+from hf_polyattn.ops.triton.tuning import Configuration, row_of, shipped_tables
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, which the interpreter does not"
+)
+
+CAPABILITIES = tuple(SHARED_MEMORY)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Case = tuple[int, torch.dtype, str, int, bool]  # capability, dtype, spec, head dim, causal
+
+CHOICE: list[Case] = [
+    *((capability, dtype, "poly6-l1", dim, True)  # of all specs, the one with the most registers
+      for capability in CAPABILITIES for dtype, dim in ((BF16, 64), (BF16, 128), (FP16, 256))),
+    (80, FP32, "poly3^16-l1", 64, True),  # the least shared memory, the widest elements
+    (90, BF16, "poly3", 128, False),
+    (90, BF16, "poly3-calibrated", 64, False),
+    (90, BF16, "poly3^16-l1", 128, False),
+    *((capability, BF16, "poly6-l1", dim, False) for capability in CAPABILITIES for dim in (80, 160)),  # two chunks
+    (90, BF16, "poly4-l1", 80, True),
+]  # fmt: skip
+ALL: list[Case] = [
+    (capability, dtype, spec, dim, causal)
+    for capability in CAPABILITIES
+    for dtype in (BF16, FP16, FP32)
+    for dim in (64, 80, 128, 160, 256)
+    for spec in SPECS
+    for causal in (True, False)
+]
+ALL.append((90, BF16, "poly4-l1", 96, True))
+ROWS = [case for case in ALL if case[2] in ("poly6-l1", "poly3") and case[4]]
+CASES = {"choice": CHOICE, "rows": ROWS, "all": ALL}[os.environ.get("POLYATTN_COMPILE", "choice")]
+
+
+def name(case: Case) -> str:
+    capability, dtype, spec, dim, causal = case
+    return f"sm{capability}-{str(dtype).removeprefix('torch.')}-{spec}-D{dim}{'-causal' if causal else ''}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels say nothing of their registers when they come from a cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def shipped(capability: int) -> Any:
+    from hf_polyattn.ops.triton.launch import table_keys
+
+    table = shipped_tables()[capability]
+
+    def configuration(kernel: str, call: Call) -> Configuration:
+        return row_of(table, kernel, table_keys(call))
+
+    return configuration
+
+
+@pytest.mark.parametrize("case", CASES, ids=map(name, CASES))
+def test_shipped_configurations_compile_without_spills(case: Case) -> None:
+    capability, dtype, spec, dim, causal = case
+    with compiling_for(capability, shipped(capability)) as compiled:
+        run_all(make_call(head_dim=dim, dtype=dtype, causal=causal, **SPECS[spec]))
+    with compiling_for(capability, shipped(capability), ("grad_key_value", "decode")) as grouped:
+        run_all(make_call(head_dim=dim, dtype=dtype, causal=causal, heads=(16, 4), **SPECS[spec]))
+    kernels = {"forward", "grad_query", "grad_key_value", "decode", "decode_sum"}
+    assert {resources.kernel for resources in compiled} == kernels | ({"delta"} if "l1" in spec else set())
+    for resources in (*compiled, *grouped):
+        assert resources.spilled == 0, resources
+        assert resources.shared <= SHARED_MEMORY[capability], resources
+        assert not resources.serialized, resources
+        assert 0 < resources.registers < 256, resources
+        if resources.kernel == "forward":
+            expected = "fma" if dtype == FP32 else {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
+            assert resources.products == expected, resources
+
+
+def test_spills_and_large_tiles_are_noticed() -> None:
+    call = make_call(head_dim=128, **SPECS["poly6-l1"])
+    with compiling_for(90, lambda kernel, call: Configuration(128, 128, 8, 3), ("grad_key_value",)) as compiled:
+        run_all(call, decode=False)
+    assert compiled[0].spilled > 0
+    assert compiled[0].shared > SHARED_MEMORY[80]
+
+
+def test_the_limit_of_registers_reaches_the_compiler() -> None:
+    def registers(limit: int | None) -> int:
+        row = Configuration(64, 64, 4, 2, limit)
+        with compiling_for(80, lambda kernel, call: row, ("forward",)) as compiled:
+            run_all(make_call(head_dim=64, **SPECS["poly6-l1"]), decode=False)
+        return compiled[0].registers
+
+    assert registers(64) <= 64 < registers(None) <= registers(255)
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "packed": {"ranges": True, "causal": True},
+    "window": {"window": 512, "causal": True},
+    "odd-lengths": {"lengths": (4001, 3999)},
+    "dropout": {"dropout": 0.1},
+    "asymmetric": {"head_dim": 80, "value_dim": 32},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_other_calls_compile(mask: str) -> None:
+    """These may spill: their masks and random words need registers that the tables do not set aside."""
+    settings = {**SPECS["poly3"], **MASKS[mask]}
+    with compiling_for(90, shipped(90)) as compiled:
+        run_all(make_call(**settings))
+    assert len(compiled) == 5
+    assert all(resources.shared <= SHARED_MEMORY[90] for resources in compiled)
+    assert all(resources.spilled < 256 and not resources.serialized for resources in compiled), compiled

@@ -1,0 +1,143 @@
+"""An exported polynomial model is plain ONNX: no exponential, no softmax, and the numbers of the original."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+import hf_polyattn as hp
+from hf_polyattn.patching.patch import patched_layers
+
+AUTO_CLASS = {"minilm": "AutoModel", "vit": "AutoModelForImageClassification", "gpt2-zinc": "AutoModelForCausalLM"}
+DYNAMIC_AXES = {"input_ids": (0, 1), "attention_mask": (0, 1), "pixel_values": (0,)}  # batch and length
+SOFTMAX = {"Exp", "Softmax", "LogSoftmax", "ReduceLogSumExp", "ReduceMax"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _silence() -> Iterator[None]:
+    logging.disable(logging.ERROR)  # pytest keeps every record of torch's tracing, and formatting them takes longer
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def exported(pretrained: Any, batch: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`exported(name, spec, layers)`: the calibrated model of the first layers, and the file it was exported to."""
+    made: dict[Any, tuple[Any, Path]] = {}
+
+    def export(name: str, spec: str, layers: int) -> tuple[Any, Path]:
+        if (name, spec, layers) not in made:
+            model = pretrained(name, AUTO_CLASS[name], num_hidden_layers=layers)
+            if spec != "softmax":
+                hp.patch_model(model, spec)
+                hp.calibrate(model, [batch(name, 5, 32)], progress=False)
+            path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+            to_onnx(model, batch(name), path)
+            made[name, spec, layers] = model, path
+        return made[name, spec, layers]
+
+    return export
+
+
+def to_onnx(model: Any, inputs: dict[str, Tensor], path: Path) -> None:
+    """Exports as a user would, with a batch and a length that may change."""
+    extra = {"use_cache": False} if hasattr(model, "generation_config") else {}
+    axes = {name: dict.fromkeys(DYNAMIC_AXES[name], torch.export.Dim.DYNAMIC) for name in inputs}
+    torch.onnx.export(
+        model,
+        (),
+        path,
+        kwargs={**inputs, **extra},
+        dynamo=True,
+        dynamic_shapes={**axes, **dict.fromkeys(extra)},
+        external_data=False,
+        verbose=False,
+    )
+
+
+def run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+
+
+@torch.no_grad()
+def output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs)[0]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference, relative to the largest expected number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def node_counts(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+CASES = {
+    "minilm-poly3": ("minilm", "poly3", 3),
+    "minilm-poly3^16-l1": ("minilm", "poly3^16-l1", 2),
+    "vit-poly6-l1": ("vit", "poly6-l1", 2),
+    "gpt2-zinc-poly3": ("gpt2-zinc", "poly3", 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_exported_model_has_no_exponential_and_equals_the_original(case: str, exported: Any, batch: Any) -> None:
+    name, spec, layers = CASES[case]
+    model, path = exported(name, spec, layers)
+    assert len(patched_layers(model)) == layers
+    assert SOFTMAX.isdisjoint(node_counts(path))
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}  # no operator but ONNX's own
+    for inputs in (batch(name), batch(name, 3, 40)):  # another batch and another length than it was exported with
+        assert difference(run(path, inputs), output(model, inputs)) < 1e-5
+        with hp.softmax_attention(model):
+            assert difference(run(path, inputs), output(model, inputs)) > (1e-5 if spec == "poly3^16-l1" else 1e-3)
+    if name != "vit":
+        inputs = {**batch(name), "attention_mask": torch.ones_like(batch(name)["attention_mask"])}
+        assert difference(run(path, batch(name)), run(path, inputs)) > 1e-2  # padding is in the graph
+
+
+def test_the_softmax_original_has_exponentials(exported: Any, batch: Any) -> None:
+    model, path = exported("minilm", "softmax", 1)
+    assert node_counts(path)["Softmax"] == 1
+    assert difference(run(path, batch("minilm")), output(model, batch("minilm"))) < 1e-5
+
+
+@pytest.mark.parametrize(("case", "divisions"), [("minilm-poly3", 0), ("minilm-poly3^16-l1", 2)])
+def test_only_row_sums_divide_by_data(case: str, divisions: int, exported: Any) -> None:
+    """Beside them there are the radius, a constant, and n^(-1/2), which a model computes once."""
+    graph = onnx.load(exported(*CASES[case])[1]).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    divide = [node for node in graph.node if node.op_type in ("Div", "Reciprocal", "Sqrt", "Pow")]
+    by_data = [node.op_type for node in divide if node.input[-1] not in constants]
+    assert by_data == ["Div"] * divisions
+    assert sum(node.op_type == "Pow" for node in divide) == (case == "minilm-poly3")
+
+
+def test_torch_export_is_plain_aten(exported: Any, batch: Any) -> None:
+    model, inputs = exported("minilm", "poly3^16-l1", 2)[0], batch("minilm")
+    program = torch.export.export(model, (), kwargs=inputs)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("polyattn" in target or "softmax" in target for target in targets)
+    assert difference(output(program.module(), inputs), output(model, inputs)) < 1e-5
+
+
+def test_a_backend_asked_for_by_name_stays_in_torch_export_and_is_the_formula_in_onnx(
+    pretrained: Any, batch: Any, tmp_path: Path
+) -> None:
+    model = pretrained("minilm", num_hidden_layers=1)
+    hp.patch_model(model, hp.PolyAttentionConfig("poly3", backend="chunked"))
+    program = torch.export.export(model, (), kwargs=batch("minilm"))
+    assert any("polyattn" in str(node.target) for node in program.graph.nodes)
+    to_onnx(model, batch("minilm"), tmp_path / "model.onnx")
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
