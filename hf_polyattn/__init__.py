@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from .hub.kernel import export_kernel
     from .hub.remote_code import export_remote_code
     from .ops import polynomial_attention
-    from .patching.patch import describe, is_patched, patch_model, softmax_attention, unpatch_model
+    from .patching.core import is_patched
+    from .patching.description import describe
+    from .patching.patch import patch_model, softmax_attention, unpatch_model
     from .spec import PolyAttentionConfig, Polynomial
 
 __version__ = "0.1.0"
@@ -69,12 +71,12 @@ _HOME = {
     "anneal": "adaptation.annealing",
     "calibrate": "adaptation.calibration",
     "convert": "adaptation.conversion",
-    "describe": "patching.patch",
+    "describe": "patching.description",
     "diagnose": "diagnosis.diagnosis",
     "distill": "adaptation.distillation",
     "export_kernel": "hub.kernel",
     "export_remote_code": "hub.remote_code",
-    "is_patched": "patching.patch",
+    "is_patched": "patching.core",
     "match_layers": "adaptation.layerwise",
     "model_card": "hub.cards",
     "param_groups": "adaptation.training",

@@ -5,9 +5,13 @@ Models are local folders or Hub ids, data sets too; a saved model is whole or ab
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,17 +31,6 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the model.")]
 Output = Annotated[Path, typer.Argument(help="Folder to save the model to; replaced if it is there.")]
-Spec = Annotated[str, typer.Option(help="The polynomial, for example poly3, poly6-l1 or poly3^16-l1.")]
-Data = Annotated[
-    str, typer.Option(help="Data set: a Hub name, a folder, or a .parquet, .csv, .json, .jsonl or .txt file.")
-]
-Config = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
-Split = Annotated[str, typer.Option(help="Split of the data set.")]
-Column = Annotated[str | None, typer.Option(help="Column of texts or images; default: the first that can be one.")]
-Batches = Annotated[int, typer.Option(min=1, help="How many batches to use.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
-MaxLength = Annotated[int, typer.Option(min=1, help="Longer texts are cut to so many tokens.")]
-Device = Annotated[str | None, typer.Option(help="Where to run; default: a GPU if there is one.")]
 
 
 class Dtype(StrEnum):
@@ -48,93 +41,131 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model and examples for it, by folder, file or Hub name; each field is an argument of a command."""
+
+    model: Model
+    data: Annotated[
+        str, typer.Option(help="Data set: a Hub name, a folder, or a .parquet, .csv, .json, .jsonl or .txt file.")
+    ]
+    config: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train"
+    column: Annotated[
+        str | None, typer.Option(help="Column of texts or images; default: the first that can be one.")
+    ] = None
+    batches: Annotated[int, typer.Option(min=1, help="How many batches to use.")] = 16
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 8
+    max_length: Annotated[int, typer.Option(min=1, help="Longer texts are cut to so many tokens.")] = 256
+    device: Annotated[str | None, typer.Option(help="Where to run; default: a GPU if there is one.")] = None
+
+    def load_model(self) -> tuple[Any, Any]:
+        """Returns the model and the processor beside it."""
+        from .examples import load_model, load_processor
+
+        model = load_model(self.model, self.device)
+        return model, load_processor(self.model, model)
+
+    def read_batches(self, processor: Any) -> list[Any]:
+        """Returns batches of model inputs."""
+        from .examples import read_batches
+
+        return read_batches(
+            processor,
+            self.data,
+            self.config,
+            self.split,
+            self.column,
+            self.batches,
+            self.batch_size,
+            self.max_length,
+        )
+
+
+def with_source(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the arguments of a `Source` in place of its parameter `source`.
+
+    Args:
+        **defaults: of this command, by field.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(source=Source(**{field.name: given.pop(field.name) for field in fields(Source)}), **given)
+
+        of_source = inspect.signature(Source, eval_str=True).parameters.values()
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [part.replace(default=defaults.get(part.name, part.default)) for part in of_source]
+        parameters += [part.replace(kind=part.KEYWORD_ONLY) for part in own if part.name != "source"]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {part.name: part.annotation for part in parameters}
+        return run
+
+    return decorate
+
+
 @app.command()
 def describe(model: Model) -> None:
     """Print every attention module of a model: its heads, and its polynomial, or why it cannot have one."""
-    from .patching.patch import describe as describe_model
+    from .examples import load_model
+    from .patching.description import describe as describe_model
 
-    loaded, _ = _load(model, "cpu")
-    typer.echo(describe_model(loaded))
+    typer.echo(describe_model(load_model(model, "cpu")))
 
 
 @app.command()
+@with_source()
 def patch(
-    model: Model,
+    source: Source,
     output: Output,
-    data: Data,
-    spec: Spec = "poly6-l1",
+    spec: Annotated[str, typer.Option(help="The polynomial, for example poly3, poly6-l1 or poly3^16-l1.")] = "poly6-l1",
     floor: Annotated[
         float | None,
         typer.Option(help="Choose the cheapest spec for each layer that keeps this quality, 1 is softmax."),
     ] = None,
-    config: Config = None,
-    split: Split = "train",
-    column: Column = None,
-    batches: Batches = 16,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 256,
-    device: Device = None,
 ) -> None:
     """Load a softmax model, make its attention polynomial, calibrate it on a data set, and save it."""
     from .adaptation.calibration import calibrate as calibrate_model
     from .adaptation.conversion import convert
-    from .examples import read_batches
     from .patching.patch import patch_model
 
-    loaded, processor = _load(model, device)
-    patch_model(loaded, spec)
-    taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
+    model, processor = source.load_model()
+    patch_model(model, spec)
+    batches = source.read_batches(processor)
     if floor is None:
-        typer.echo(calibrate_model(loaded, taken, max_batches=None))
+        typer.echo(calibrate_model(model, batches, max_batches=None))
     else:
-        typer.echo(convert(loaded, taken, floor=floor, max_batches=batches))
-    _save(loaded, processor, output)
+        typer.echo(convert(model, batches, floor=floor, max_batches=source.batches))
+    _save(model, processor, output)
 
 
 @app.command()
+@with_source()
 def calibrate(
-    model: Model,
+    source: Source,
     output: Output,
-    data: Data,
     spec: Annotated[str | None, typer.Option(help="Another polynomial to change to; default: the model's.")] = None,
-    config: Config = None,
-    split: Split = "train",
-    column: Column = None,
-    batches: Batches = 16,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 256,
-    device: Device = None,
 ) -> None:
     """Calibrate a polynomial model again, on other data or to another polynomial, and save it."""
     from .adaptation.calibration import calibrate as calibrate_model
-    from .examples import read_batches
 
-    loaded, processor = _load(model, device)
-    taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
-    typer.echo(calibrate_model(loaded, taken, spec=spec, max_batches=None))
-    _save(loaded, processor, output)
+    model, processor = source.load_model()
+    typer.echo(calibrate_model(model, source.read_batches(processor), spec=spec, max_batches=None))
+    _save(model, processor, output)
 
 
 @app.command()
+@with_source(batches=8)
 def diagnose(
-    model: Model,
-    data: Data,
+    source: Source,
     output: Annotated[Path | None, typer.Option(help="Folder for diagnosis.json and diagnosis.png.")] = None,
-    config: Config = None,
-    split: Split = "train",
-    column: Column = None,
-    batches: Batches = 8,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 256,
-    device: Device = None,
 ) -> None:
     """Print how the attention of a polynomial model compares with softmax's on a data set: norms, scores, NaNs."""
-    from .diagnosis.diagnosis import diagnose as diagnose_model
-    from .examples import read_batches
+    from .diagnosis import diagnose as diagnose_model
 
-    loaded, processor = _load(model, device)
-    taken = read_batches(processor, data, config, split, column, batches, batch_size, max_length)
-    found = diagnose_model(loaded, taken, max_batches=batches)
+    model, processor = source.load_model()
+    found = diagnose_model(model, source.read_batches(processor), max_batches=source.batches)
     typer.echo(found)
     if output is not None:
         with written_beside(output / "diagnosis.json") as partial:
@@ -159,9 +190,11 @@ def push(
     """
     from huggingface_hub import ModelCard
 
-    from .patching.patch import is_patched
+    from .examples import load_model, load_processor
+    from .patching.core import is_patched
 
-    loaded, processor = _load(str(model), "cpu")
+    loaded = load_model(str(model), "cpu")
+    processor = load_processor(str(model), loaded)
     if not is_patched(loaded):
         raise InputError(f"{model} is a softmax model; `polyattn patch {model} OUTPUT --data …` makes it polynomial")
     card = ModelCard.load(model / "README.md") if (model / "README.md").is_file() else None
@@ -215,14 +248,6 @@ def export_kernel(output: Annotated[Path, typer.Argument(help="Folder of the ker
     from .hub.kernel import export_kernel as write_kernel
 
     typer.echo(f"written to {write_kernel(output)}; kernels.get_local_kernel loads it")
-
-
-def _load(model: str, device: str | None) -> tuple[Any, Any]:
-    """Returns a model and the processor beside it."""
-    from .examples import load_model, load_processor
-
-    loaded = load_model(model, device)
-    return loaded, load_processor(model, loaded)
 
 
 def _save(model: Any, processor: Any, output: Path) -> None:

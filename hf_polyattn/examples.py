@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from .errors import InputError
-from .patching.patch import pretrained_model
+from .patching.patched import pretrained_model
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 

@@ -11,7 +11,7 @@ from arguments import CONTROL, FinetuningArguments
 from runs import describe_device, peak_memory_mib, versions
 from task import Task
 
-from hf_polyattn.patching.patch import format_table
+from hf_polyattn.tables import format_table
 
 
 def circumstances(

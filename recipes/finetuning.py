@@ -37,8 +37,9 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_polyattn
 from hf_polyattn import InputError, PolyAttnError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
+from hf_polyattn.patching.core import is_patched
 from hf_polyattn.patching.families import attention_sites
-from hf_polyattn.patching.patch import is_patched, patched_layers
+from hf_polyattn.patching.patched import patched_layers
 from hf_polyattn.patching.saved_config import CONFIG_KEY
 
 

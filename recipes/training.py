@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 import hf_polyattn
 from hf_polyattn import InputError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
-from hf_polyattn.patching.patch import format_table
+from hf_polyattn.tables import format_table
 
 STAGES = {
     "softmax": "the checkpoint as it was published",

@@ -36,8 +36,8 @@ from hf_polyattn.adaptation.distillation import LEARNING_RATES, divergence
 from hf_polyattn.adaptation.training import TrainingState, param_groups, train
 from hf_polyattn.patching.attention import softmax_forward
 from hf_polyattn.patching.core import PolyAttention
-from hf_polyattn.patching.masking import RangeMask
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
+from hf_polyattn.patching.range_mask import RangeMask
 
 Batch = dict[str, Tensor]
 Groups = list[dict[str, Any]]  # of the optimizer, beside those of the model

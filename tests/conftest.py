@@ -142,7 +142,7 @@ def polynomial() -> Callable[..., Any]:
 @torch.no_grad()
 def randomize(model: Any, seed: int) -> None:
     """Gives every head of a patched model other coefficients and, where the config uses them, an interval."""
-    from hf_polyattn.patching.patch import patched_layers
+    from hf_polyattn.patching.patched import patched_layers
 
     generator = torch.Generator().manual_seed(seed)
 

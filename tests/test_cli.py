@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 import hf_polyattn as hp
 from hf_polyattn import cli
-from hf_polyattn.patching.patch import spec_of
+from hf_polyattn.patching.patched import spec_of
 
 Run = Callable[..., str]
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError, PatchError
 from ..ops.masks import band
-from ..patching.core import PolyAttention
-from ..patching.patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
+from ..patching.core import PolyAttention, is_patched
+from ..patching.patch import unpatch_model
+from ..patching.patched import patched_layers, pretrained_model, spec_of
 from .capture import Observation, observing
 from .distillation import divergence_from
 from .fitting import ALPHA

@@ -18,16 +18,12 @@ import torch
 from torch import nn
 
 from ..errors import InputError, PatchError
-from ..patching.patch import (
-    change_specs,
-    format_table,
-    is_patched,
-    patched_layers,
-    pretrained_model,
-    reconfigure,
-    unpatch_model,
-)
+from ..patching.core import is_patched
+from ..patching.governing import change_specs, reconfigure
+from ..patching.patch import unpatch_model
+from ..patching.patched import patched_layers, pretrained_model
 from ..spec import Polynomial
+from ..tables import format_table
 from .calibration import calibrate, fit_layers, write_fits
 from .capture import Replay, take_batches
 from .distillation import distill

@@ -24,9 +24,11 @@ from torch import nn
 
 from ..errors import CalibrationError, PatchError
 from ..ops.masks import band
-from ..patching.core import PolyAttention
-from ..patching.patch import change_specs, format_table, is_patched, patched_layers, reconfigure, spec_of
+from ..patching.core import PolyAttention, is_patched
+from ..patching.governing import change_specs, reconfigure
+from ..patching.patched import patched_layers, spec_of
 from ..spec import Polynomial
+from ..tables import format_table
 from .capture import Observation, Replay, take_batches
 from .fitting import LayerFit, LayerReport, Rows
 

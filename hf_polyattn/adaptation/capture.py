@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..patching.core import PolyAttention
 from ..patching.masking import real_positions
-from ..patching.patch import patched_layers, pretrained_model
+from ..patching.patched import patched_layers, pretrained_model
 
 
 @dataclass(frozen=True, slots=True)

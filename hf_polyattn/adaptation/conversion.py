@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError, PatchError, PolyAttnError
 from ..files import written_beside
-from ..patching.patch import format_table, is_patched, patched_layers
+from ..patching.core import is_patched
+from ..patching.patched import patched_layers
 from ..spec import Polynomial
+from ..tables import format_table
 from .calibration import fit_layers, write_fits
 from .capture import Replay, take_batches
 from .fitting import LayerFit

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError, PatchError
+from ..patching.core import is_patched
 from ..patching.masking import real_positions
-from ..patching.patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
+from ..patching.patch import unpatch_model
+from ..patching.patched import patched_layers, pretrained_model, spec_of
 from .layerwise import match_layers, matchable
 from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, rows_of, train
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import InputError, PatchError
-from ..patching.core import PolyAttention
-from ..patching.patch import is_patched, patched_layers, spec_of
+from ..patching.core import PolyAttention, is_patched
+from ..patching.patched import patched_layers, spec_of
 from .capture import Observation, observe, take_batches
 
 _EPSILON = 1e-12

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..patching.masking import real_positions
-from ..patching.patch import pretrained_model, softmax_attention
+from ..patching.patch import softmax_attention
+from ..patching.patched import pretrained_model
 from .capture import model_inputs
 from .training import evaluating, rows_of
 

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from ..errors import InputError, PolyAttnError
 from ..files import written_beside
 from ..ops import polynomial_attention
-from ..patching.patch import format_table, patch_model
+from ..patching.patch import patch_model
 from ..spec import PolyAttentionConfig, Polynomial
+from ..tables import format_table
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

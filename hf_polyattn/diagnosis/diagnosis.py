@@ -18,8 +18,9 @@ from torch import nn
 
 from ..adaptation.capture import Observation, observe, take_batches
 from ..errors import InputError, PatchError
-from ..patching.core import PolyAttention
-from ..patching.patch import format_table, is_patched, patched_layers
+from ..patching.core import PolyAttention, is_patched
+from ..patching.patched import patched_layers
+from ..tables import format_table
 from .inspection import (
     interval_scores,
     polynomial_squares,

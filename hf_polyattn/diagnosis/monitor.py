@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergenceError, InputError, PatchError
-from ..patching.core import PolyAttention
-from ..patching.patch import is_patched, patched_layers
+from ..patching.core import PolyAttention, is_patched
+from ..patching.patched import patched_layers
 from .inspection import interval_scores, scaled_scores, visible_keys
 
 SAMPLED_ENTRIES, SAMPLED_ROWS = 4, 8  # of a batch, whose scores are compared with the interval

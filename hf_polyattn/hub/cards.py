@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import PatchError
 from ..patching.families import attention_sites
-from ..patching.patch import patched_layers, pretrained_model, spec_of
+from ..patching.patched import patched_layers, pretrained_model, spec_of
 from .card_template import (
     PLOT,
     REPOSITORY,

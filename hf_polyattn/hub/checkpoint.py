@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, PatchError
 from ..patching.attention import IMPLEMENTATIONS
-from ..patching.core import CHILD_NAME, PolyAttention
-from ..patching.patch import SAVED_MODULES, is_patched
+from ..patching.core import CHILD_NAME, PolyAttention, is_patched
+from ..patching.governing import SAVED_MODULES
 from ..patching.saved_config import CONFIG_KEY
 
 _TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1}

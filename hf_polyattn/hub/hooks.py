@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import PatchError
 from ..patching.attention import register
-from ..patching.core import CHILD_NAME, PolyAttention
+from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 
 _PUSH_DOCUMENTATION = """
     `hf_polyattn` adds, for models with polynomial attention:
@@ -48,11 +48,11 @@ def _install_building(model_class: Any) -> None:
 
     @wraps(post_init)
     def post_init_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
-        from ..patching.patch import attach_saved
+        from ..patching.governing import attach_saved
 
         attach_saved(self)
         post_init(self, *args, **kwargs)
-        if _has_polynomials(self):
+        if is_patched(self):
             self._keep_in_fp32_modules_strict.add(CHILD_NAME)
 
     @wraps(initialize)
@@ -68,7 +68,7 @@ def _install_building(model_class: Any) -> None:
 
     @wraps(save)
     def save_with_guard(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from ..patching.patch import armed_configs
+        from ..patching.governing import armed_configs
 
         armed_configs(self)
         return save(self, *args, **kwargs)
@@ -130,7 +130,7 @@ def _install_pushing(model_class: Any) -> None:
 
     @wraps(push_to_hub)
     def push_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _has_polynomials(self):
+        if not is_patched(self):
             return push_to_hub(self, *args, **kwargs)
         from .pushing import Push, pushing
 
@@ -142,7 +142,7 @@ def _install_pushing(model_class: Any) -> None:
 
     @wraps(upload)
     def upload_with_card(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if _has_polynomials(self):
+        if is_patched(self):
             from .pushing import current_push, write_card
 
             push = current_push(kwargs.get("token"))  # save_pretrained(push_to_hub=True) announces none
@@ -184,7 +184,7 @@ def install_on_trainer(trainer: Any) -> None:
     def create_card_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
         create_card(self, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
-        if not self.is_world_process_zero() or hasattr(model, "peft_config") or not _has_polynomials(model):
+        if not self.is_world_process_zero() or hasattr(model, "peft_config") or not is_patched(model):
             return
         from huggingface_hub import ModelCard
 
@@ -197,7 +197,7 @@ def install_on_trainer(trainer: Any) -> None:
 
     @wraps(push_to_hub)
     def push_with_card(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _has_polynomials(self.model):
+        if not is_patched(self.model):
             return push_to_hub(self, *args, **kwargs)
         from .pushing import Push, pushing
 
@@ -226,10 +226,6 @@ def install_on_peft(peft_model: Any) -> None:
         return result
 
     model_class.load_adapter = load_adapter_with_polyattn
-
-
-def _has_polynomials(model: Any) -> bool:
-    return any(isinstance(module, PolyAttention) for module in model.modules())
 
 
 def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:

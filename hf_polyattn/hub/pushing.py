@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging
 
-from ..patching.patch import spec_of
+from ..patching.patched import spec_of
 from .card_template import REPOSITORY, is_as_written, sign, with_tags
 from .cards import model_card
 

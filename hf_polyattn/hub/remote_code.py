@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PatchError
 from ..files import written_beside
-from ..patching.patch import bare_path, is_patched, patched_layers
+from ..patching.core import is_patched
+from ..patching.patched import bare_path, patched_layers
 
 MODULE = "modeling_polyattn"
 _THIS_CHECKPOINT = "# ---------------------------------------------------------------- this checkpoint\n"

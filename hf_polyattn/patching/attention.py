@@ -13,7 +13,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..errors import UnsupportedArgumentError
 from .core import CHILD_NAME
-from .masking import dense_mask, packed_mask, polyattn_mask, split_mask
+from .masking import packed_mask, polyattn_mask, split_mask
+from .range_mask import dense_mask
 
 IMPLEMENTATION = "polyattn"
 # The same, as saved configs name it: a Transformers without this package quotes it when it refuses the model.

@@ -184,3 +184,8 @@ class PolyAttention(nn.Module):
         parts = [f"{config.spec}", f"heads={self.heads}", f"head_dim={self.head_dim}"]
         parts += [name for name in ("interval", "clamp", "key_shift") if getattr(config, name)]
         return ", ".join(parts)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any attention module of the model is polynomial."""
+    return any(isinstance(module, PolyAttention) for module in model.modules())

@@ -14,73 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 from transformers.utils import is_tracing
 
 from ..errors import InputError, UnsupportedArgumentError
 from ..ops.masks import packed_ranges, within
+from .range_mask import RangeMask, dense_mask
 
 # Additive masks hold 0 where a score is visible and a large negative number where it is not: -1e4, which
 # bfloat16 rounds to -9984, or less.
 _MASKED_BELOW = -9984.0
-
-
-class RangeMask(Tensor):
-    """A bool mask (B, 1, Tq, Tk), True = visible, of which each row is one range of keys.
-
-    It holds the ranges only, and makes the dense mask for any operation on it. An operation that changes it or hands
-    out a view of it makes it dense for good.
-
-    Attributes:
-        ranges: int32 (B or 1, Tq or 1, 2), start and stop of the keys that a query sees; None once it is dense.
-    """
-
-    ranges: Tensor | None
-    _dense: Tensor | None
-
-    @staticmethod
-    def __new__(cls, ranges: Tensor, q_len: int, k_len: int) -> RangeMask:
-        """Makes the mask of `ranges` for `q_len` queries and `k_len` keys."""
-        shape = (ranges.shape[0], 1, q_len, k_len)
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=ranges.device)
-        self.ranges = ranges
-        self._dense = None
-        return self
-
-    def dense(self) -> Tensor:
-        """Returns the plain bool mask."""
-        if self._dense is None:
-            assert self.ranges is not None
-            self._dense = within(self.ranges, slice(0, self.shape[3])).expand(self.shape).contiguous()
-        return self._dense
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Runs an operation on the dense mask."""
-        aliased = any(argument.alias_info is not None for argument in function._schema.arguments)
-
-        def dense(mask: RangeMask) -> Tensor:
-            plain = mask.dense()
-            if aliased:
-                mask.ranges = None
-            return plain
-
-        args, kwargs = tree_map_only(cls, dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """Returns what torch.compile takes the mask apart into."""
-        return ["ranges"] if self.ranges is not None else ["_dense"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], _: None, shape: Any, stride: Any) -> Tensor:
-        """Returns the mask that `__tensor_flatten__` took apart."""
-        return inner["_dense"] if "_dense" in inner else RangeMask(inner["ranges"], shape[2], shape[3])
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Returns its shape and ranges."""
-        return f"RangeMask(shape={tuple(self.shape)}, ranges={self.ranges})"
 
 
 def polyattn_mask(
@@ -246,8 +189,23 @@ def packed_mask(
             f"got {batch} rows of {q_len} queries and {k_len} keys, and borders "
             f"{[None if borders is None else tuple(borders.shape) for borders in cu_seqlens]}."
         )
-    start, stop = packed_ranges(of_keys, k_len).unbind(-1)
-    after = torch.arange(1, k_len + 1).to(start)
+    of_model = mask.ranges if isinstance(mask, RangeMask) else None
+    if is_tracing(query) or of_keys.is_inference() or (mask is not None and of_model is None):
+        return _apart(mask, of_keys, k_len, causal, window, tracing=is_tracing(query))
+    # Every layer of a forward pass asks with the same tensors: the answer stays with the borders.
+    asked, kept = (of_keys._version, k_len, causal, window), getattr(of_keys, "_polyattn_kept", None)
+    if kept is None or kept[0] != asked or kept[1] is not of_model:
+        kept = (asked, of_model, _apart(mask, of_keys, k_len, causal, window))
+        of_keys._polyattn_kept = kept  # type: ignore[attr-defined]
+    return kept[2]
+
+
+def _apart(
+    mask: Tensor | None, borders: Tensor, length: int, causal: bool, window: int | None, *, tracing: bool = False
+) -> Tensor:
+    """Returns the mask of `packed_mask`."""
+    start, stop = packed_ranges(borders, length).unbind(-1)
+    after = torch.arange(1, length + 1).to(start)
     if causal:
         stop = torch.minimum(stop, after)
     if window is not None:
@@ -256,9 +214,9 @@ def packed_mask(
         start, stop = torch.maximum(start, mask.ranges[..., 0]), torch.minimum(stop, mask.ranges[..., 1])
         mask = None
     ranges = torch.stack([start, torch.maximum(start, stop)], dim=-1)
-    if mask is None and not is_tracing(query):
-        return RangeMask(ranges, q_len, k_len)
-    apart = within(ranges, slice(0, k_len))
+    if mask is None and not tracing:
+        return RangeMask(ranges, length, length)
+    apart = within(ranges, slice(0, length))
     return apart if mask is None else visible_scores(mask) & apart
 
 
@@ -272,11 +230,6 @@ def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return None, mask.ranges
     mask = dense_mask(mask)
     return None if mask is None else visible_scores(mask), None
-
-
-def dense_mask(mask: Tensor | None) -> Tensor | None:
-    """Returns the mask of a model as a plain tensor."""
-    return mask.dense() if isinstance(mask, RangeMask) else mask
 
 
 def visible_scores(mask: Tensor) -> Tensor:

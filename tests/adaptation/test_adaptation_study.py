@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import hf_polyattn as hp
 from hf_polyattn.adaptation.capture import Replay
 from hf_polyattn.patching.core import PolyAttention
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import hf_polyattn as hp
 from hf_polyattn.adaptation.alignment import residual
 from hf_polyattn.adaptation.capture import Observation, observe
 from hf_polyattn.adaptation.fitting import ALPHA
-from hf_polyattn.patching.patch import patched_layers, spec_of
+from hf_polyattn.patching.patched import patched_layers, spec_of
 
 Batch = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ import torch
 import hf_polyattn as hp
 from hf_polyattn import fitting
 from hf_polyattn.adaptation.fitting import LayerFit, Rows, exponential_fit
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 Measured = tuple[str, quality.Case, dict[str, float]]
 

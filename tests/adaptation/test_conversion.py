@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_polyattn as hp
 from hf_polyattn.adaptation.conversion import cost
-from hf_polyattn.patching.patch import patched_layers, spec_of
+from hf_polyattn.patching.patched import patched_layers, spec_of
 from hf_polyattn.spec import Polynomial
 
 Batch = dict[str, Tensor]

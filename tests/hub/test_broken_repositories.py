@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import hf_polyattn as hp
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 FIRST = "transformer.h.0.attn.polyattn"
 Break = Callable[[Path], object]

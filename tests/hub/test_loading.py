@@ -31,7 +31,7 @@ from transformers import (
 import hf_polyattn as hp
 from hf_polyattn.patching.attention import SAVED_IMPLEMENTATION
 from hf_polyattn.patching.core import PolyAttention
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 BASE = {
     "minilm": "AutoModel",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import hf_polyattn as hp
 from hf_polyattn.cli import app
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 CONFIGS = {
     "minilm": ("AutoModel", hp.PolyAttentionConfig("poly4-l1", interval=True, clamp=True, key_shift=True)),

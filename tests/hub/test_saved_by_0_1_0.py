@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_polyattn as hp
-from hf_polyattn.patching.patch import spec_of
+from hf_polyattn.patching.patched import spec_of
 
 FOLDER = Path(__file__).parent / "saved_by_0_1_0"
 SPECS = {"bert": "poly6-l1", "gpt2": "poly3", "llama": "poly3^16-l1", "vit": "poly4-mean"}

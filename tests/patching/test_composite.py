@@ -28,7 +28,7 @@ from transformers import (
 
 import hf_polyattn as hp
 from hf_polyattn.patching.attention import SAVED_IMPLEMENTATION
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 HALVES = ("encoder", "decoder")
 CONFIG = hp.PolyAttentionConfig("poly3", interval=True, clamp=True, key_shift=True)

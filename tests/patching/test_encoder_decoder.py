@@ -28,7 +28,7 @@ from transformers import (
 import hf_polyattn as hp
 from hf_polyattn.adaptation.capture import observe
 from hf_polyattn.adaptation.distillation import divergence_from
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 FAMILIES = {"bart": (BartConfig, BartForConditionalGeneration, 600), "marian": (MarianConfig, MarianMTModel, 500)}
 PAD, START, END, LETTER_A = 0, 1, 2, 3
@@ -340,12 +340,13 @@ def test_padding_of_the_decoder_is_no_part_of_the_loss(softmax: Any, calibrated:
 RELOAD = """
 import sys, torch
 import hf_polyattn as hp
+from hf_polyattn.patching.patched import patched_layers
 from transformers import AutoModelForSeq2SeqLM
 torch.set_num_threads({threads})
 case = torch.load(sys.argv[1] + ".pt")
 model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
-    print(len(hp.patch.patched_layers(model)), torch.equal(model(**case["inputs"]).logits, case["logits"]))
+    print(len(patched_layers(model)), torch.equal(model(**case["inputs"]).logits, case["logits"]))
     print(torch.equal(model.generate(**case["source"], max_new_tokens=11, num_beams=3), case["tokens"]))
     print(torch.equal(hp.unpatch_model(model)(**case["inputs"]).logits, case["softmax"]))
 """

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, masking_utils
 
 from hf_polyattn import InputError
 from hf_polyattn.ops import packed_ranges
-from hf_polyattn.patching.masking import RangeMask, polyattn_mask, split_mask, visible_scores
+from hf_polyattn.patching.masking import packed_mask, polyattn_mask, split_mask, visible_scores
+from hf_polyattn.patching.range_mask import RangeMask
 
 FUNCTIONS: dict[str, Any] = {
     "causal": masking_utils.causal_mask_function,
@@ -188,3 +189,24 @@ def test_a_compiled_model_takes_a_range_mask(pretrained: Any, polynomial: Any) -
 def test_an_integer_mask_is_refused() -> None:
     with pytest.raises(InputError, match=r"must be bool or additive float, got torch.int64"):
         visible_scores(torch.ones(1, 1, 3, 3, dtype=torch.int64))
+
+
+def test_borders_of_packed_sequences_are_turned_into_ranges_once_a_forward_pass() -> None:
+    query = torch.zeros(1, 2, 6, 4)
+    borders, others = (torch.tensor(edges, dtype=torch.int32) for edges in ([0, 2, 6], [0, 4, 6]))
+    padding = RangeMask(torch.tensor([[[0, 5]]], dtype=torch.int32), 6, 6)
+
+    def packed(borders: Tensor, mask: Any = None, causal: bool = True, window: int | None = None) -> Any:
+        return packed_mask(mask, (borders, borders), query, query, causal, window)
+
+    first = packed(borders)
+    assert packed(borders) is first  # the second layer's
+    assert first.ranges[0, :, 0].tolist() == [0, 0, 2, 2, 2, 2]
+    assert packed(borders, causal=False).ranges[0, :, 1].tolist() == [2, 2, 6, 6, 6, 6]
+    assert packed(borders, window=1).ranges[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert packed(borders, padding, causal=False).ranges[0, :, 1].tolist() == [2, 2, 5, 5, 5, 5]
+    assert packed(others).ranges[0, :, 0].tolist() == [0, 0, 0, 0, 4, 4]
+    borders.copy_(others)  # the next batch, in the same memory
+    assert packed(borders).ranges[0, :, 0].tolist() == [0, 0, 0, 0, 4, 4]
+    with torch.inference_mode():  # whose tensors do not say when they change
+        assert packed(borders.clone()).ranges[0, :, 0].tolist() == [0, 0, 0, 0, 4, 4]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hf_polyattn as hp
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 AUTO_CLASS = {"minilm": "AutoModel", "vit": "AutoModelForImageClassification", "gpt2-zinc": "AutoModelForCausalLM"}
 DYNAMIC_AXES = {"input_ids": (0, 1), "attention_mask": (0, 1), "pixel_values": (0,)}  # batch and length

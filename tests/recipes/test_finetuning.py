@@ -26,7 +26,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from hf_polyattn.patching.patch import patched_layers
+from hf_polyattn.patching.patched import patched_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "recipes/README.md").read_text()

@@ -1,0 +1,51 @@
+"""What each attention module of a model is, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..spec import PolyAttentionConfig
+from ..tables import format_table
+from .attention import IMPLEMENTATIONS
+from .core import CHILD_NAME
+from .families import AttentionSite, attention_sites
+from .patched import active_child, patched_modules, pretrained_model
+from .selection import why_not
+
+
+def describe(model: nn.Module) -> Description:
+    """Returns what each attention module of a model is: a table that prints.
+
+    Columns: module path, class, layer, heads, head dim, spec, and `patched` or why not.
+    """
+    root = pretrained_model(model)
+    layers = dict(patched_modules(root))
+    config = active_child(next(iter(layers.values()))).config if layers else PolyAttentionConfig()
+    return table_of(attention_sites(root), config)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Rows of `describe`: (path, class, layer, heads, head dim, spec, status)."""
+
+    rows: tuple[tuple[str, str, int, int, int, str, str], ...]
+
+    def __str__(self) -> str:
+        return format_table(("module", "class", "layer", "heads", "head dim", "spec", "status"), self.rows)
+
+
+def table_of(sites: list[AttentionSite], config: PolyAttentionConfig) -> Description:
+    """Returns the table of some attention modules, as `patch_model` with this config finds them."""
+    rows = []
+    for site in sites:
+        spec, status = "softmax", why_not(site, config) or "can be patched"
+        if CHILD_NAME in site.module._modules:
+            spec, status = str(active_child(site.module).config), "patched"
+            config_of_module: Any = site.module.config
+            if config_of_module._attn_implementation not in IMPLEMENTATIONS:
+                status = f"patched, but running {config_of_module._attn_implementation}"
+        rows.append((site.path, site.class_name, site.layer, site.heads, site.head_dim, spec, status))
+    return Description(tuple(rows))
