@@ -33,9 +33,11 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from hf_polyattn import BackendError, PolyAttentionConfig, Polynomial, core, polynomial_attention
-from hf_polyattn.ops import backends, build
+from hf_polyattn import BackendError, PolyAttentionConfig, Polynomial, polynomial_attention
+from hf_polyattn.ops import backends
 from hf_polyattn.ops.call import Call
+from hf_polyattn.ops.cpu import build
+from hf_polyattn.patching import core
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -190,7 +192,7 @@ def test_auto_takes_the_kernels_and_float64_the_reference_arithmetic(monkeypatch
     monkeypatch.setattr(backends.Backend, "load", lambda row: chosen.append(row.module) or load(row))
     polynomial_attention(*operands(dtype=torch.bfloat16))
     polynomial_attention(*operands(dtype=torch.float64))
-    assert chosen == ["cpu", "chunked"]
+    assert chosen == ["cpu.launch", "chunked"]
     with pytest.raises(BackendError, match=r"'cpu' cannot run this call: it computes in float32, .* float64"):
         polynomial_attention(*operands(dtype=torch.float64), backend="cpu")
 
@@ -257,7 +259,7 @@ def test_a_library_is_built_once_for_its_source(sources: Path, capsys: Any) -> N
 
 def test_two_processes_build_one_library(sources: Path) -> None:
     code = (
-        "import pathlib, sys; from hf_polyattn.ops import build; build._SOURCES = pathlib.Path(sys.argv[1]); "
+        "import pathlib, sys; from hf_polyattn.ops.cpu import build; build._SOURCES = pathlib.Path(sys.argv[1]); "
         "print(build.build())"
     )
     processes = [

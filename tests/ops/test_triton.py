@@ -12,7 +12,7 @@ import torch
 from error_budget import operands
 
 from hf_polyattn import BackendError, polynomial_attention
-from hf_polyattn.ops import tuning
+from hf_polyattn.ops.triton import tuning
 from hf_polyattn.ops.triton.tuning import DTYPES, KERNELS, WIDTHS, Configuration
 
 TESTS = Path(__file__).parent

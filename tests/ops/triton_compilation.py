@@ -118,7 +118,7 @@ def compiling_for(
     from triton import knobs
     from triton.runtime import driver
 
-    from hf_polyattn.ops import triton as backend
+    from hf_polyattn.ops.triton import launch as backend
 
     compiled: list[Resources] = []
 
@@ -161,7 +161,7 @@ def run_all(call: Call, *, decode: bool = True) -> None:
     """Runs forward, backward and decode of a call on meta tensors, so that `compiling_for` sees their kernels."""
     from dataclasses import replace
 
-    from hf_polyattn.ops import triton as backend
+    from hf_polyattn.ops.triton import launch as backend
 
     output, row_scale = backend.forward(call)
     backend.backward(output, output, row_scale, call, coefficients_grad=True, center_grad=True)

@@ -20,7 +20,7 @@ if not hasattr(transformers.PreTrainedConfig, "sub_configs_defaults"):
 import sweep
 
 import hf_polyattn as hp
-from hf_polyattn import families
+from hf_polyattn.patching import families
 
 TABLE = sweep.read_table()
 

@@ -5,38 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import (
-    accumulate,
+from .dropout import drop, hash_rows, keep_scale_of
+from .loops import locate_program, locate_query_rows, look, visit_blocks
+from .polynomial import (
     compute_derivatives,
     compute_factor,
     compute_t,
     compute_weights,
-    dot_rows,
-    drop,
-    find_interval,
-    find_key_blocks,
-    find_visible,
-    finish_rows,
-    hash_rows,
-    keep_scale_of,
     load_offset,
     load_polynomial,
+    raise_to,
+    scale_slopes,
+    subtract_delta,
+)
+from .tiles import (
+    accumulate,
+    dot_rows,
+    finish_rows,
     load_rows,
     locate,
-    locate_mask_rows,
-    locate_program,
-    locate_query_rows,
-    look,
     multiply_transposed,
     new_sums,
-    raise_to,
-    scale_by_interval,
-    scale_slopes,
     store_rows,
-    subtract_delta,
-    visit_blocks,
     zero_rows,
 )
+from .visibility import find_interval, find_key_blocks, find_visible, locate_mask_rows, scale_by_interval
 
 
 @triton.jit

@@ -5,37 +5,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import (
-    accumulate,
-    chunk_start,
-    chunk_width,
+from .dropout import drop, keep_scale_of
+from .loops import locate_program, locate_query_rows, look, visit_blocks
+from .polynomial import (
     compute_factor,
     compute_t,
     compute_weights,
-    count_chunks,
-    drop,
-    find_interval,
-    find_key_blocks,
-    find_visible,
-    finish_rows,
-    keep_scale_of,
     load_coefficients,
     load_inverse_radius,
     load_offset,
     load_polynomial,
+)
+from .tiles import (
+    accumulate,
+    chunk_start,
+    chunk_width,
+    count_chunks,
+    finish_rows,
     load_rows,
     locate,
-    locate_mask_rows,
-    locate_program,
-    locate_query_rows,
-    look,
     multiply_transposed,
     new_sums,
+    store_rows,
+    zero_rows,
+)
+from .visibility import (
+    find_interval,
+    find_key_blocks,
+    find_visible,
+    locate_mask_rows,
     scale_by_interval,
     scale_by_total,
-    store_rows,
-    visit_blocks,
-    zero_rows,
 )
 
 

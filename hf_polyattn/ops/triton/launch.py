@@ -17,9 +17,10 @@ from ..backends import INTERPRETED
 from ..call import Call, empty_gradient
 from . import backward as triton_backward
 from . import forward as triton_forward
-from .blocks import Dropout, Operand, Scores, Static, Visibility
+from .arguments import Dropout, Operand, Scores, Static, Visibility
 from .tuning import Configuration, configuration, keys
 
+_MAX_ROW_STRIDE = 2**31 // 512  # elements; no tile has more rows than 256
 # In the interpreter, which has no device: small blocks, so that short sequences cross block boundaries.
 _INTERPRETED_CONFIGURATION = Configuration(block_m=16, block_n=16, num_warps=4, num_stages=1)
 _INTERPRETED_PROCESSORS = 4
@@ -197,8 +198,8 @@ def _static(call: Call, tuned: Configuration) -> Static:
 
 
 def _operand(tensor: Tensor) -> Operand:
-    """Returns a tensor (B, H, T, columns) with contiguous columns; copies it if they are not."""
-    if tensor.stride(3) != 1:
+    """Returns a tensor (B, H, T, columns) with contiguous columns, whose tiles have 32-bit offsets; else a copy."""
+    if tensor.stride(3) != 1 or tensor.stride(2) > _MAX_ROW_STRIDE:
         tensor = tensor.contiguous()
     return Operand(tensor, *tensor.stride()[:3])
 

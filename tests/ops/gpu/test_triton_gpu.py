@@ -10,7 +10,7 @@ from error_budget import operands, outputs_and_gradients
 from kernel_cases import BUMP, CASES, Case, errors, inputs, stretched
 
 from hf_polyattn import polynomial_attention
-from hf_polyattn.ops import tune
+from hf_polyattn.ops.triton import tune
 from hf_polyattn.ops.triton.tuning import Configuration
 
 pytestmark = [
@@ -100,7 +100,7 @@ def test_compiled_training_step_equals_eager() -> None:
 
 
 def test_tuning_writes_a_table_that_is_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_polyattn.ops import tuning
+    from hf_polyattn.ops.triton import tuning
 
     monkeypatch.setenv("POLYATTN_TUNING", str(tmp_path))
     row = Configuration(64, 32, 4, 2)

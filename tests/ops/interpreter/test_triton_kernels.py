@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hf_polyattn import BackendError, polynomial_attention
 from hf_polyattn.ops import library
-from hf_polyattn.ops import triton as backend
+from hf_polyattn.ops.triton import launch as backend
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
@@ -126,6 +126,24 @@ def test_offsets_are_64_bit() -> None:
     far.copy_(key)
     expected = polynomial_attention(query, key, value, coefficients, backend="triton")
     assert torch.equal(polynomial_attention(query, far, value, coefficients, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("strides", [(0, 2**30, 5, 1), (0, 8, 2**30, 1), (0, 4, 1, 2**30)], ids=str)
+def test_offsets_into_a_mask_are_64_bit(strides: tuple[int, ...]) -> None:
+    """Heads, keys or query rows of a mask that lie further apart than a 32-bit offset reaches."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    query, key, value, coefficients = (
+        tensor.detach() for tensor in operands((1, 3, 3, 4, 5), head_dim=16, value_dim=16, dtype=torch.float16)
+    )
+    visible = torch.rand(1, 3, 4, 5) > 0.4
+    last = sum((size - 1) * stride for size, stride in zip(visible.shape, strides, strict=True))
+    far = torch.empty(last + 1, dtype=torch.bool).as_strided(visible.shape, strides)
+    far.copy_(visible)
+    settings: dict[str, Any] = {"normalizer": "mean", "backend": "triton"}
+    expected = polynomial_attention(query, key, value, coefficients, mask=visible, **settings)
+    assert torch.equal(polynomial_attention(query, key, value, coefficients, mask=far, **settings), expected)
+    other = polynomial_attention(query, key, value, coefficients, mask=visible.roll(1, dims=1), **settings)
+    assert not torch.equal(other, expected)
 
 
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
@@ -222,7 +240,7 @@ def test_calls_use_the_decode_kernel_when_keys_are_many(monkeypatch: pytest.Monk
 
 
 def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_polyattn.ops import tune
+    from hf_polyattn.ops.triton import tune
     from hf_polyattn.ops.triton.tuning import Configuration, read_table
 
     rows = tuple(Configuration(16, block, 4, 1) for block in (16, 32, 64))
