@@ -14,8 +14,6 @@ from transformers import (
     FalconModel,
     Gemma2Config,
     Gemma2Model,
-    GPTJConfig,
-    GPTJModel,
     MPNetConfig,
     MPNetModel,
 )
@@ -32,7 +30,6 @@ HARD_CODED = {
     "MPNetSelfAttention": lambda: MPNetModel(
         MPNetConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64)
     ),
-    "GPTJAttention": lambda: GPTJModel(GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=64)),
     "FalconAttention": lambda: FalconModel(
         FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
     ),
