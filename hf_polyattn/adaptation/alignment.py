@@ -27,7 +27,7 @@ from ..patching.core import PolyAttention
 from ..patching.patch import is_patched, patched_layers, pretrained_model, spec_of, unpatch_model
 from .capture import Observation, observing
 from .distillation import divergence_from
-from .fitting import ALPHA
+from .fitting.row_shift import ALPHA
 from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, train
 
 MAX_ROWS = 128  # query rows of a batch entry whose partition sums are looked at
