@@ -7,7 +7,6 @@ the polynomial fits best go first.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,15 +22,14 @@ from ..patching.patch import (
     format_table,
     is_patched,
     patched_layers,
-    pretrained_model,
     reconfigure,
-    unpatch_model,
 )
 from ..spec import Polynomial
 from .calibration import calibrate, fit_layers, write_fits
 from .capture import Replay, take_batches
 from .distillation import distill
 from .quality import Quality, similarity
+from .teacher import softmax_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ def anneal(
         raise InputError(f"anneal needs at least one spec and one step a rung, got {len(ladder)} and {steps}")
     taken = take_batches(batches, calibration_batches)
     if teacher is None:
-        teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
+        teacher = softmax_copy(model)
     if quality is None:
         quality = partial(similarity, batches=taken[:2], teacher=teacher)
     paths = [path for path, _ in patched_layers(model)]
