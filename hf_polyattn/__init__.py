@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .adaptation.quality import similarity
     from .adaptation.training import TrainingReport, param_groups
     from .diagnosis.callback import MonitorCallback
-    from .diagnosis.diagnosis import Diagnosis, diagnose
+    from .diagnosis.diagnosis import diagnose
     from .diagnosis.monitor import Monitor
+    from .diagnosis.report import Diagnosis
     from .errors import (
         BackendError,
         CalibrationError,
@@ -51,7 +52,7 @@ _HOME = {
     "CalibrationError": "errors",
     "CalibrationReport": "adaptation.calibration",
     "CheckpointError": "errors",
-    "Diagnosis": "diagnosis.diagnosis",
+    "Diagnosis": "diagnosis.report",
     "DivergenceError": "errors",
     "ConversionReport": "adaptation.conversion",
     "InputError": "errors",

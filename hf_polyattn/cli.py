@@ -217,7 +217,7 @@ def bench(
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
 ) -> None:
     """Verify polynomial attention and time it next to softmax on this machine."""
-    from .bench.bench import run
+    from .bench import run
     from .ops.backends import check_name
 
     names = None if dtype is None else [str(name) for name in dtype]

@@ -33,7 +33,7 @@ import hf_polyattn as hp
 from hf_polyattn.adaptation.calibration import fit_layers, write_fits
 from hf_polyattn.adaptation.capture import Observation, Replay, model_inputs, observing
 from hf_polyattn.adaptation.distillation import LEARNING_RATES, divergence
-from hf_polyattn.adaptation.training import TrainingState, param_groups, train
+from hf_polyattn.adaptation.training import TrainingOptions, TrainingState, param_groups, train
 from hf_polyattn.patching.attention import softmax_forward
 from hf_polyattn.patching.core import PolyAttention
 from hf_polyattn.patching.patched import patched_layers
@@ -199,10 +199,10 @@ def adapt(model: PreTrainedModel, teacher: PreTrainedModel, batches: list[Batch]
         return output.loss + divergence(output, target, inputs)
 
     budget: dict[str, Any] = {"steps": len(batches), "warmup": 0.05, "max_grad_norm": 1.0, "until": 0.0}
-    others: dict[str, Any] = {"checkpoint_every": 1, "accelerator": None, "title": "train", "progress": False}
+    options = TrainingOptions(**budget, checkpoint_every=1, accelerator=None, progress=False)
     with way(model, len(batches)) as groups:
         groups += param_groups(model, lr, coefficient_lr=LEARNING_RATES["fixed"][1])
-        train(model, batches, loss_of, groups, state=TrainingState(None, {}), **budget, **others)
+        train(model, batches, loss_of, groups, options, state=TrainingState(None, {}), title="train")
 
 
 def study(name: str, arms: list[str], steps: int = STEPS, seeds: int = SEEDS) -> Iterator[dict[str, Any]]:

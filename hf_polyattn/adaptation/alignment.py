@@ -11,25 +11,24 @@ beside the distillation loss that keeps the model where it was. Source: DESIGN.m
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, PatchError
+from ..errors import InputError
 from ..ops.masks import band
-from ..patching.core import PolyAttention, is_patched
-from ..patching.patch import unpatch_model
-from ..patching.patched import patched_layers, pretrained_model, spec_of
+from ..patching.core import PolyAttention
+from ..patching.patched import patched_layers, spec_of
 from .capture import Observation, observing
 from .distillation import divergence_from
-from .fitting import ALPHA
-from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, train
+from .fitting.row_shift import ALPHA
+from .teacher import check_training, teaching
+from .training import TrainingOptions, TrainingReport, TrainingState, param_groups, train
 
 MAX_ROWS = 128  # query rows of a batch entry whose partition sums are looked at
 
@@ -72,42 +71,36 @@ def align(
         InputError: no steps, no batches, or a spec with l1, which divides by the partition sum itself.
         TrainingError: a loss or gradient is not finite.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
-    if teacher is not None and is_patched(teacher):
-        raise PatchError("the teacher is patched; give the softmax model, or None for a softmax copy of the model")
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    device = device_of(model, accelerator)
+    options = TrainingOptions(
+        steps=steps,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
+        until=0.0,
+        checkpoint_every=checkpoint_every,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    check_training(model, teacher, options, role="model")
     layers = patched_layers(model)
     if all(child.config.spec.normalizer == "l1" for _, child in layers):
         raise InputError(
             f"{spec_of(model)} divides by its row sums and needs no alignment; it is for rsqrt, mean, none"
         )
     state = TrainingState(checkpoint, {"align": spec_of(model), "steps": steps, "lr": lr, "penalty": penalty})
-    if teacher is None:
-        teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
-    teacher.to(device)
+    with teaching(model, teacher, accelerator) as softmax, _frozen(layers):
+        groups = param_groups(model, lr, weight_decay=weight_decay)
+        loss_of = partial(_loss, softmax, layers, penalty)
+        return train(model, batches, loss_of, groups, options, state=state, title="align")
+
+
+@contextmanager
+def _frozen(layers: list[tuple[str, PolyAttention]]) -> Iterator[None]:
+    """Within, no polynomial gets a gradient."""
     polynomials = [p for _, child in layers for p in child.parameters() if p.requires_grad]
     for parameter in polynomials:
         parameter.requires_grad_(False)
     try:
-        with evaluating(teacher):
-            return train(
-                model,
-                batches,
-                partial(_loss, teacher, layers, penalty),
-                param_groups(model, lr, weight_decay=weight_decay),
-                steps=steps,
-                warmup=warmup,
-                max_grad_norm=max_grad_norm,
-                until=0.0,
-                state=state,
-                checkpoint_every=checkpoint_every,
-                accelerator=accelerator,
-                title="align",
-                progress=progress,
-            )
+        yield
     finally:
         for parameter in polynomials:
             parameter.requires_grad_(True)

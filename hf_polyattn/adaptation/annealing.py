@@ -7,7 +7,6 @@ the polynomial fits best go first.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +19,14 @@ from torch import nn
 from ..errors import InputError, PatchError
 from ..patching.core import is_patched
 from ..patching.governing import change_specs, reconfigure
-from ..patching.patch import unpatch_model
-from ..patching.patched import patched_layers, pretrained_model
+from ..patching.patched import patched_layers
 from ..spec import Polynomial
 from ..tables import format_table
 from .calibration import calibrate, fit_layers, write_fits
 from .capture import Replay, take_batches
 from .distillation import distill
 from .quality import Quality, similarity
+from .teacher import softmax_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ def anneal(
         raise InputError(f"anneal needs at least one spec and one step a rung, got {len(ladder)} and {steps}")
     taken = take_batches(batches, calibration_batches)
     if teacher is None:
-        teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
+        teacher = softmax_copy(model)
     if quality is None:
         quality = partial(similarity, batches=taken[:2], teacher=teacher)
     paths = [path for path, _ in patched_layers(model)]

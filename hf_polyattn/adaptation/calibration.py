@@ -15,25 +15,23 @@ Source: DESIGN.md, "Calibration in closed form".
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import CalibrationError, PatchError
-from ..ops.masks import band
+from ..errors import PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.governing import change_specs, reconfigure
 from ..patching.patched import patched_layers, spec_of
 from ..spec import Polynomial
 from ..tables import format_table
 from .capture import Observation, Replay, take_batches
-from .fitting import LayerFit, LayerReport, Rows
-
-MAX_ROWS = 2048  # query rows a layer that the coefficients are fitted to
-_CHUNK_SCORES = 2**21
+from .fitting.layer import LayerFit, LayerReport, Pass
+from .fitting.rows import observed_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,7 @@ def calibrate(
     fits = fit_layers(model, passes, specs, key_shift=key_shift)
     write_fits(model, fits, key_shift=key_shift)
     first = next(iter(fits.values()))
-    return CalibrationReport(spec_of(model), int(first.count), tuple(fit.report for fit in fits.values()))
+    return CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()))
 
 
 @torch.no_grad()
@@ -138,40 +136,19 @@ def fit_layers(
         CalibrationError: no visible scores, or non-finite activations.
     """
     children = dict(patched_layers(model))
-    fits = [LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()]
+    fits = {path: LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()}
+    passes_of = {path: fit.passes() for path, fit in fits.items()}
+    while wanted := {path: step for path, steps in passes_of.items() if (step := next(steps, None))}:
+        titles = dict.fromkeys(step.title for step in wanted.values())
+        passes.run(partial(_show, wanted), f"calibrate: {', '.join(titles)}")
+    return fits
 
-    def run(stage: str, title: str, taking: list[LayerFit]) -> list[LayerFit]:
-        """Shows all batches to those fits and returns them."""
-        shown = {fit.path: fit for fit in taking}
 
-        def observer(path: str, child: PolyAttention, observation: Observation) -> None:
-            if path not in shown:
-                return
-            fit = shown[path]
-            stride = max(1, int(fit.count) // MAX_ROWS) if stage in ("see_features", "see_errors") else 1
-            for rows in _fit_rows(path, observation, stride):
-                getattr(fit, stage)(rows)
-
-        for fit in taking:
-            fit.start_pass()
-        if taking:
-            passes.run(observer, f"calibrate: {title}")
-        return taking
-
-    for fit in run("see_partition_sums", "key shift", fits):
-        fit.solve_key_shift()
-    for fit in run("see_range", "score range", fits):
-        fit.choose_candidates()
-    for number in range(max(fit.rounds for fit in fits)):
-        for fit in run("see_features", f"coefficients {number + 1}", [fit for fit in fits if fit.rounds > number]):
-            fit.solve_coefficients()
-        if number == 0:
-            for fit in run("see_errors", "intervals", [fit for fit in fits if fit.rounds > 1]):
-                fit.choose_intervals()
-    run("see_errors", "choice", [fit for fit in fits if fit.needs_errors])
-    for fit in fits:
-        fit.finish()
-    return {fit.path: fit for fit in fits}
+def _show(wanted: Mapping[str, Pass], path: str, child: PolyAttention, observation: Observation) -> None:
+    """Shows what a layer saw to the fit that wants it."""
+    if path in wanted:
+        for rows in observed_rows(path, observation, wanted[path].stride):
+            wanted[path].see(rows)
 
 
 @torch.no_grad()
@@ -181,44 +158,3 @@ def write_fits(model: nn.Module, fits: Mapping[str, LayerFit], *, key_shift: boo
     for fit in fits.values():
         fit.write()
     reconfigure(model, interval=True, clamp=True, key_shift=key_shift)
-
-
-def _fit_rows(path: str, observation: Observation, stride: int) -> Iterator[Rows]:
-    """Yields every `stride`-th query row, in chunks of batch entries so that memory stays bounded."""
-    batch, heads, q_len, head_dim = observation.query.shape
-    k_len = observation.key.shape[2]
-    every = slice(None, None, stride)
-    step = max(1, _CHUNK_SCORES // max(1, heads * len(range(q_len)[every]) * k_len))
-    device = observation.query.device
-    pattern = band(range(q_len), range(k_len), observation.causal, observation.window, device)
-    visible = (
-        torch.ones(1, 1, q_len, k_len, dtype=torch.bool, device=device) if pattern is None else pattern[None, None]
-    )
-    if observation.mask is not None:
-        visible = visible & observation.mask
-    visible = visible.expand(batch, -1, q_len, -1)[:, :, every]
-    real = torch.ones(batch, q_len, dtype=torch.bool, device=device) if observation.real is None else observation.real
-    for start in range(0, batch, step):
-        part = slice(start, start + step)
-        query = observation.query[part, :, every].float()
-        key, value = observation.key[part].float(), observation.value[part].float()
-        seen = visible[part]
-        count = seen.sum(-1)
-        weight = (real[part, every][:, None] & (count > 0)).expand(-1, heads, -1)
-        grouped = query.reshape(query.shape[0], key.shape[1], -1, head_dim)
-        scores = (grouped @ key.transpose(-1, -2)).reshape(-1, heads, query.shape[2], k_len) * observation.scaling
-        target = observation.output[part, every].float().transpose(1, 2)
-        if not bool(torch.isfinite(scores).all() & torch.isfinite(target[weight]).all()):
-            raise CalibrationError(
-                f"layer {path!r} has non-finite scores or outputs under softmax; check the checkpoint"
-            )
-        yield Rows(
-            query=query,
-            value=value,
-            target=target.masked_fill(~weight.unsqueeze(-1), 0.0),
-            scores=scores.masked_fill(~seen, 0.0),
-            visible=seen.float(),
-            count=count.clamp(min=1).float(),
-            weight=weight.float(),
-            scaling=observation.scaling,
-        )

@@ -27,7 +27,7 @@ from ..spec import Polynomial
 from ..tables import format_table
 from .calibration import fit_layers, write_fits
 from .capture import Replay, take_batches
-from .fitting import LayerFit
+from .fitting.layer import LayerFit
 from .quality import Quality, similarity
 
 DIAL = ("poly3", "poly3-l1", "poly4-l1", "poly6-l1", "poly3^4-l1", "poly3^8-l1", "poly3^16-l1")

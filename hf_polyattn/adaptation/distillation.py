@@ -9,7 +9,6 @@ over the hidden states of every layer and, where the model has a head, over its 
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InputError, PatchError
-from ..patching.core import is_patched
+from ..errors import InputError
 from ..patching.masking import real_positions
-from ..patching.patch import unpatch_model
-from ..patching.patched import patched_layers, pretrained_model, spec_of
+from ..patching.patched import patched_layers, spec_of
 from .layerwise import match_layers, matchable
-from .training import TrainingReport, TrainingState, device_of, evaluating, param_groups, rows_of, train
+from .teacher import check_training, teaching
+from .training import TrainingOptions, TrainingReport, TrainingState, param_groups, rows_of, train
 
 _EPSILON = 1e-12
 
@@ -89,41 +87,27 @@ def distill(
             training.
         TrainingError: a loss or gradient is not finite; the model keeps the last weights whose loss was.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
-    if teacher is not None and is_patched(teacher):
-        raise PatchError("the teacher is patched; give the softmax model, or None for a softmax copy of the student")
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    device = device_of(model, accelerator)
+    options = TrainingOptions(
+        steps=steps,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
+        until=until,
+        checkpoint_every=checkpoint_every,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    check_training(model, teacher, options, role="student")
     defaults = LEARNING_RATES["l1" if _has_row_sums(model) else "fixed"]
     if coefficient_lr is None:
         coefficient_lr = defaults[1] if lr is None else lr
     lr = defaults[0] if lr is None else lr
     settings = {"spec": spec_of(model), "steps": steps, "layer_steps": layer_steps, "lr": lr}
     state = TrainingState(checkpoint, {**settings, "coefficient_lr": coefficient_lr, "weight_decay": weight_decay})
-    if teacher is None:
-        teacher = unpatch_model(copy.deepcopy(pretrained_model(model)))
-    teacher.to(device)
-    if layer_steps and state.saved is None and any(matchable(child) for _, child in patched_layers(model)):
-        match_layers(model, batches, steps=layer_steps, progress=progress)
-
-    with evaluating(teacher):
-        return train(
-            model,
-            batches,
-            partial(divergence_from, teacher),
-            param_groups(model, lr, coefficient_lr=coefficient_lr, weight_decay=weight_decay),
-            steps=steps,
-            warmup=warmup,
-            max_grad_norm=max_grad_norm,
-            until=until,
-            state=state,
-            checkpoint_every=checkpoint_every,
-            accelerator=accelerator,
-            title="distil",
-            progress=progress,
-        )
+    with teaching(model, teacher, accelerator) as softmax:
+        if layer_steps and state.saved is None and any(matchable(child) for _, child in patched_layers(model)):
+            match_layers(model, batches, steps=layer_steps, progress=progress)
+        groups = param_groups(model, lr, coefficient_lr=coefficient_lr, weight_decay=weight_decay)
+        return train(model, batches, partial(divergence_from, softmax), groups, options, state=state, title="distil")
 
 
 def divergence_from(teacher: nn.Module, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

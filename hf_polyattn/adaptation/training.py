@@ -48,21 +48,38 @@ class TrainingReport:
         return f"trained for {len(self.losses)} steps: loss {first:.4g} at first, {last:.4g} at last"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How long and how `train` trains: what `distill` and `align` are given alike.
+
+    Attributes:
+        steps: optimizer updates, one batch each.
+        warmup: fraction of the steps over which the learning rate rises.
+        max_grad_norm: gradients are clipped to this norm.
+        until: stop when the mean loss of the last ten steps is no larger.
+        checkpoint_every: steps between two states.
+        accelerator: an `accelerate.Accelerator` or None.
+        progress: show a progress bar.
+    """
+
+    steps: int
+    warmup: float
+    max_grad_norm: float
+    until: float
+    checkpoint_every: int
+    accelerator: Any
+    progress: bool
+
+
 def train(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     loss_of: Loss,
     groups: list[dict[str, Any]],
+    options: TrainingOptions,
     *,
-    steps: int,
-    warmup: float,
-    max_grad_norm: float,
-    until: float,
     state: TrainingState,
-    checkpoint_every: int,
-    accelerator: Any,
     title: str,
-    progress: bool,
 ) -> TrainingReport:
     """Trains a model in place; dropout is off, and train or eval mode is restored.
 
@@ -71,22 +88,17 @@ def train(
         batches: dicts of model inputs, gone through again when there are fewer than `steps`.
         loss_of: returns the loss of (the model, a batch on its device), a float32 scalar.
         groups: of the optimizer, see `param_groups`.
-        steps: optimizer updates, one batch each.
-        warmup: fraction of the steps over which the learning rate rises.
-        max_grad_norm: gradients are clipped to this norm.
-        until: stop when the mean loss of the last ten steps is no larger.
+        options: how long and how.
         state: where the training goes on from and is kept; removed at the end.
-        checkpoint_every: steps between two states.
-        accelerator: an `accelerate.Accelerator` or None.
         title: of the progress bar.
-        progress: show it.
 
     Raises:
         InputError: no batches.
         TrainingError: a loss or gradient is not finite; the model keeps the last weights whose loss was.
     """
+    accelerator, steps = options.accelerator, options.steps
     optimizer: Any = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps, warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps, options.warmup))
     if accelerator is not None:
         model, optimizer = accelerator.prepare(model, optimizer)
     device = next(model.parameters()).device
@@ -101,7 +113,7 @@ def train(
     good = [parameter.detach().clone() for parameter in trained]
 
     remaining = islice(_cycle(batches), len(losses), steps)
-    bar = tqdm(remaining, total=steps, initial=len(losses), desc=title, unit="step", disable=not progress)
+    bar = tqdm(remaining, total=steps, initial=len(losses), desc=title, unit="step", disable=not options.progress)
     with bar, evaluating(model):
         for batch in bar:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -109,11 +121,11 @@ def train(
                 loss = loss_of(model, inputs)
             if accelerator is None:
                 loss.backward()  # type: ignore[no-untyped-call]
-                norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+                norm = nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
                 mean_loss = loss.detach()
             else:
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(trained, max_grad_norm)
+                norm = accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                 mean_loss = accelerator.reduce(loss.detach(), "mean")
             losses.append(float(mean_loss))
             norms.append(float(norm))
@@ -131,9 +143,9 @@ def train(
             optimizer.zero_grad()
             schedule.step()
             bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
-            if len(losses) >= _RECENT and sum(losses[-_RECENT:]) <= until * _RECENT:
+            if len(losses) >= _RECENT and sum(losses[-_RECENT:]) <= options.until * _RECENT:
                 break
-            if len(losses) % checkpoint_every == 0 and (accelerator is None or accelerator.is_main_process):
+            if len(losses) % options.checkpoint_every == 0 and (accelerator is None or accelerator.is_main_process):
                 state.save(
                     weights=[parameter.detach() for parameter in trained],
                     optimizer=optimizer.state_dict(),
@@ -185,21 +197,6 @@ class TrainingState:
         """Removes the file, if there is one."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def device_of(model: nn.Module, accelerator: Any) -> torch.device:
-    """Returns where a model trains.
-
-    Raises:
-        InputError: the accelerator accumulates gradients, and `train` takes one batch an update.
-    """
-    if accelerator is None:
-        return next(model.parameters()).device
-    if accelerator.gradient_accumulation_steps != 1:
-        raise InputError(
-            "this training takes one batch an update; use an Accelerator with gradient_accumulation_steps=1"
-        )
-    return accelerator.device  # type: ignore[no-any-return]
 
 
 def param_groups(

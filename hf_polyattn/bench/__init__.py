@@ -3,6 +3,6 @@
 Imports `patching` and below.
 """
 
-from .bench import run
+from .command import run
 
 __all__ = ["run"]

@@ -3,6 +3,7 @@
 Imports `adaptation` (to observe softmax) and below. Other rooms come for `diagnose` and its `Diagnosis`.
 """
 
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import diagnose
+from .report import Diagnosis
 
 __all__ = ["Diagnosis", "diagnose"]

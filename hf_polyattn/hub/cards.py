@@ -30,7 +30,7 @@ from .card_template import (
 )
 
 if TYPE_CHECKING:
-    from ..diagnosis.diagnosis import Diagnosis
+    from ..diagnosis.report import Diagnosis
 
 
 # What loads a class, the table of Transformers that has it, and its task on the Hub. The first that fits counts.

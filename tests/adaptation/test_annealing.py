@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_polyattn as hp
 from hf_polyattn.adaptation.alignment import residual
 from hf_polyattn.adaptation.capture import Observation, observe
-from hf_polyattn.adaptation.fitting import ALPHA
+from hf_polyattn.adaptation.fitting.row_shift import ALPHA
 from hf_polyattn.patching.patched import patched_layers, spec_of
 
 Batch = dict[str, Tensor]

@@ -13,8 +13,8 @@ import quality
 import torch
 
 import hf_polyattn as hp
-from hf_polyattn import fitting
-from hf_polyattn.adaptation.fitting import LayerFit, Rows, exponential_fit
+from hf_polyattn.adaptation import calibration, capture
+from hf_polyattn.adaptation.fitting import coefficients
 from hf_polyattn.patching.patched import patched_layers
 
 Measured = tuple[str, quality.Case, dict[str, float]]
@@ -135,8 +135,8 @@ def test_reported_explained_variance_is_that_of_the_written_polynomial(spec: str
 def test_no_round_of_the_ratio_fit_loses_what_an_earlier_one_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round minimises a linear stand-in for the error, which may lead away from its minimum."""
     found = []
-    for rounds in (1, 2, 3):  # one round measures all intervals; more go on with the best of them
-        monkeypatch.setattr(fitting, "RATIO_ROUNDS", rounds)
+    for rounds in (1, 2, 3):
+        monkeypatch.setattr(coefficients, "RATIO_ROUNDS", rounds)
         model = hp.patch_model(sharpened(small_bert(), 4.0), "poly4-l1")
         report = hp.calibrate(model, token_batches(), progress=False)
         found.append(torch.tensor([layer.explained_variance for layer in report.layers]))
@@ -207,57 +207,6 @@ def test_scores_beyond_the_calibration_data_are_clamped() -> None:
     assert farther.abs().max() < 1e3
 
 
-def test_an_interval_without_few_outliers_is_tried() -> None:
-    child = patched_layers(hp.patch_model(small_bert(), "poly4-l1"))[0][1]
-    scores = torch.randn(1, 4, 3000, 5)
-
-    def tops(outliers: int, parts: int = 1) -> torch.Tensor:
-        """Returns the tops that are tried, (2, heads), when so many rows have a key far above the others."""
-        far = scores.clone()
-        far[:, :, :outliers, 0] = 60.0
-        fit = LayerFit("layer", child, hp.Polynomial.parse("poly4-l1"), key_shift=False)
-        row = torch.ones(1, 4, 3000 // parts)
-        chunks = [
-            Rows(
-                query=row.unsqueeze(-1).expand(-1, -1, -1, 8), value=torch.ones(1, 4, 5, 8),
-                target=torch.ones(*row.shape, 8), scores=chunk, visible=torch.ones(1, 4, row.shape[-1], 5),
-                count=5.0 * row, weight=row, scaling=1.0,
-            )
-            for chunk in far.chunk(parts, dim=2)
-        ]  # fmt: skip
-        for stage in (fit.see_partition_sums, fit.see_range):
-            for chunk in chunks:
-                stage(chunk)
-            if stage == fit.see_partition_sums:
-                fit.solve_key_shift()
-        fit.choose_candidates()
-        return fit.tops[[0, -1]]
-
-    usual, few, many = tops(0), tops(2), tops(300)
-    assert (few[1] - usual[1]).abs().max() < 0.5
-    assert (few[0] - usual[0]).min() > 40.0  # covers them
-    assert (many - usual).min() > 40.0  # they are no outliers
-    torch.testing.assert_close(tops(2, parts=3), few)
-
-
-@pytest.mark.parametrize(("spec", "tried"), [("poly4-l1", 2), ("poly3", 1), ("poly3^16-l1", 1)])
-def test_outliers_are_left_out_only_where_a_row_sum_makes_up_for_them(spec: str, tried: int) -> None:
-    child = patched_layers(hp.patch_model(small_bert(), spec))[0][1]
-    assert len(LayerFit("layer", child, hp.Polynomial.parse(spec), key_shift=False).outliers) == tried
-
-
-def test_exponential_fit_is_relative() -> None:
-    """Its 16th power over 80 nats follows exp within the error that makes poly3^16-l1 lossless."""
-    t = torch.linspace(-1.0, 1.0, 1001, dtype=torch.float64)
-    coefficients = exponential_fit(3, 80.0 / 16)
-    p = sum(c * t**k for k, c in enumerate(coefficients))
-    error = (p / torch.exp((t - 1.0) * 2.5) - 1.0).abs()
-    assert error.max() < 0.2
-    assert (p > 0.0).all()
-    looser = exponential_fit(1, 80.0 / 16)
-    assert ((looser[0] + looser[1] * t) / torch.exp((t - 1.0) * 2.5) - 1.0).abs().max() > 0.5
-
-
 def test_report_prints_and_names_badly_fitting_layers() -> None:
     model = hp.patch_model(small_bert(), "poly1")
     report = hp.calibrate(model, token_batches(), progress=False)
@@ -296,8 +245,6 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
 
 def test_streaming_gives_the_same_polynomials_as_replaying(monkeypatch: pytest.MonkeyPatch) -> None:
     """Observations that do not fit in memory are made again in every pass."""
-    from hf_polyattn import calibration, capture
-
     passes = 0
 
     def counting(*args: Any, **kwargs: Any) -> None:

@@ -12,31 +12,35 @@ from typing import Any
 import pytest
 import torch
 
-from hf_polyattn import bench, cli
+from hf_polyattn import cli
+from hf_polyattn.bench.cases import CASES, SPECS, Case
+from hf_polyattn.bench.models import MODELS, _bert, _vit
+from hf_polyattn.bench.operator import time_cases
+from hf_polyattn.bench.verification import VerificationError
 
-SMALL = {"cpu": (bench.Case(2, 4, 2, 33, 16, True), bench.Case(1, 2, 2, 40, 8, queries=1))}
-MODELS = {"cpu": {"tiny": (partial(bench._bert, 1, 32, 2), 2, 12), "tiny-vit": (partial(bench._vit, 32, 2), 1, 197)}}
+SMALL = (Case(2, 4, 2, 33, 16, True), Case(1, 2, 2, 40, 8, queries=1))
+TINY = {"tiny": (partial(_bert, 1, 32, 2), 2, 12), "tiny-vit": (partial(_vit, 32, 2), 1, 197)}
 
 
 def test_bench_writes_ratios_of_verified_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(bench, "CASES", SMALL)
-    monkeypatch.setattr(bench, "MODELS", MODELS)
+    monkeypatch.setitem(CASES, "cpu", SMALL)
+    monkeypatch.setitem(MODELS, "cpu", TINY)
     options = ["--device", "cpu", "--repeats", "2", "--dtype", "float32", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["polyattn", "bench", *options])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     results = json.loads((tmp_path / "bench.json").read_text())
-    assert len(results["rows"]) == 2 * len(bench.SPECS)
+    assert len(results["rows"]) == 2 * len(SPECS)
     for row in results["rows"]:
         assert ("forward_backward" in row) == (row["queries"] is None)
         times = row["forward"]
         assert times["speedup"] == pytest.approx(times["softmax_ms"]["sdpa"] / times["ms"], rel=0.1)
         assert times["limit_speedup"] > times["speedup"]  # these cases are too small to come near it
-    assert {row["model"] for row in results["models"]} == set(MODELS["cpu"])
+    assert {row["model"] for row in results["models"]} == set(TINY)
     for row in results["models"]:
         assert row["train"]["latency"] == pytest.approx(row["train"]["ms"] / row["train"]["softmax_ms"], rel=0.1)
     (memory,) = results["memory"]
-    assert memory["mib"].keys() == {"sdpa", *map(str, bench.SPECS)}
+    assert memory["mib"].keys() == {"sdpa", *map(str, SPECS)}
     weights = 8192**2 * 8 * 4 / 2**20
     assert all(0.0 < peak < 0.2 * weights for peak in memory["mib"].values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
@@ -57,7 +61,7 @@ def test_bench_refuses_to_time_a_wrong_backend(part: str, monkeypatch: pytest.Mo
         changes = {"causal": False, "normalizer": "mean", "coefficients": call.coefficients * 1.01}
         return correct(dataclasses.replace(call, **{part: changes[part]}))
 
-    monkeypatch.setattr(bench, "CASES", {"cpu": SMALL["cpu"][:1]})
+    monkeypatch.setitem(CASES, "cpu", SMALL[:1])
     monkeypatch.setattr(chunked, "forward", wrong)
-    with pytest.raises(bench.VerificationError, match="exceeds the budget"):
-        bench.bench("cpu", torch.float32, "chunked", 1)
+    with pytest.raises(VerificationError, match="exceeds the budget"):
+        time_cases("cpu", torch.float32, "chunked", 1)

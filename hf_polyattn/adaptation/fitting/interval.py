@@ -1,0 +1,93 @@
+"""Score intervals: on which the polynomials of a head are tried, in nats and after the row shift."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec import Polynomial
+from .rows import Rows
+
+# Widths that are tried. Beyond 80, exp(-W) leaves the range of bf16 and fp32.
+WIDTHS = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0)
+POWER_WIDTHS = (8.0, 16.0, 24.0, 40.0, 56.0, 80.0)
+MARGIN = 0.5  # above the largest score that an interval is to cover, before the clamp acts
+OUTLIERS = (0.0, 0.01)  # shares of a head's rows whose largest score an interval leaves out, that are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Candidates [top − width, top] of each head.
+
+    Attributes:
+        tops: (C, H).
+        widths: (C, H).
+    """
+
+    tops: Tensor
+    widths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tops)
+
+    def arguments(self, shifted: Tensor, candidate: int) -> Tensor:
+        """Returns t of shifted scores, limited to [−1, 1]."""
+        radius = self.widths[candidate].float()[:, None, None] / 2.0
+        center = self.tops[candidate].float()[:, None, None] - radius
+        return ((shifted - center) / radius).clamp_(-1.0, 1.0)
+
+    def take(self, candidates: Tensor) -> Intervals:
+        """Returns some candidates of each head, (C', H)."""
+        return Intervals(take(self.tops, candidates), take(self.widths, candidates))
+
+
+def take(tensor: Tensor, candidates: Tensor) -> Tensor:
+    """Returns what belongs to some candidates of each head: (C, H, …), indices (C', H) → (C', H, …)."""
+    return tensor[candidates, torch.arange(candidates.shape[1], device=candidates.device)]
+
+
+class ScoreRange:
+    """The extremes of a module's scores, and the intervals that are worth trying there.
+
+    Args:
+        spec: the polynomial.
+        heads: H.
+        count: rows that will be seen.
+        device: of the extremes.
+
+    Attributes:
+        lowest, highest: score before the shift, (H,).
+    """
+
+    def __init__(self, spec: Polynomial, heads: int, count: float, device: torch.device) -> None:
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        # Powers have width to spare, and without a row sum a clamped top is a weight that is missing.
+        self.outliers = OUTLIERS if spec.normalizer == "l1" and spec.power == 1 else OUTLIERS[:1]
+        self.widths = torch.tensor(POWER_WIDTHS if spec.power > 1 else WIDTHS, **options)
+        self.count = count
+        self.lowest = torch.full((heads,), torch.inf, **options)
+        self.highest = torch.full((heads,), -torch.inf, **options)
+        self._peaks = torch.full((heads, 0), -torch.inf, **options)
+
+    def see(self, rows: Rows, shifted: Tensor) -> None:
+        """Follows the extremes of the scores, and the largest of the rows' largest shifted scores."""
+        hidden = (rows.visible * rows.weight.unsqueeze(-1)) == 0.0
+
+        def highest(scores: Tensor) -> Tensor:
+            return scores.masked_fill(hidden, -torch.inf).amax((0, 2, 3)).double()
+
+        self.highest = torch.maximum(self.highest, highest(rows.scores))
+        self.lowest = torch.minimum(self.lowest, -highest(-rows.scores))
+        peaks = shifted.masked_fill(hidden, -torch.inf).amax(-1).transpose(0, 1).flatten(1).double()
+        peaks = torch.cat([self._peaks, peaks], 1)
+        self._peaks = peaks.topk(min(int(max(self.outliers) * self.count) + 1, peaks.shape[1]), sorted=True).values
+
+    def intervals(self) -> Intervals:
+        """Returns every width below every top: the largest shifted score and, without outliers, the largest left."""
+        ranks = [min(int(share * self.count), self._peaks.shape[1] - 1) for share in self.outliers]
+        tops = self._peaks[:, ranks].T + MARGIN
+        widths = self.widths.repeat(len(ranks))[:, None].expand(-1, tops.shape[1])
+        return Intervals(tops.repeat_interleave(len(self.widths), 0), widths)

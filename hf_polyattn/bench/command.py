@@ -1,0 +1,87 @@
+"""Times polynomial attention next to softmax attention on this machine; every timed case is verified first.
+
+    polyattn bench --device cpu --output outputs/bench     # or python -m hf_polyattn bench
+
+Only ratios of times measured in turns in one run mean something: speedup = the fastest softmax's median / ours. Softmax
+is `torch.nn.functional.scaled_dot_product_attention` as PyTorch dispatches it by default and, on a GPU, its cuDNN
+backend and FlashAttention where they can be imported. Beside each case stands the limit that no attention of two
+products can pass: what its multiplications take at the rate of one large matrix product, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..files import written_beside
+from .cases import CASES, DTYPES, dtype_name
+from .memory import memory_peaks
+from .models import time_models
+from .operator import time_cases
+from .report import plot, tables
+from .timing import matmul_rate
+
+
+def run(
+    device: str | None, dtypes: list[str] | None, backend: str, repeats: int, output: Path, *, tune: bool = False
+) -> None:
+    """Runs the benchmark, prints its tables and writes `bench.json` and, with matplotlib, `bench.png`.
+
+    Args:
+        device: cpu or cuda; None takes a GPU if there is one.
+        dtypes: names of `DTYPES`; None takes bfloat16, and float32 on a CPU.
+        backend: of the operator.
+        repeats: runs of which the median is taken.
+        output: folder of the files.
+        tune: write a table of the fastest Triton configurations first.
+
+    Raises:
+        InputError: the device is neither.
+        VerificationError: a case is wrong.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in CASES:
+        raise InputError(f"device must be one of {[*CASES]}, got {device!r}")
+    if tune:
+        from ..ops.triton.tune import tune as write_table
+
+        print(f"written: {write_table(torch.device(device), _device_name(device))}")
+    kinds = [DTYPES[name] for name in dtypes or (["bfloat16"] if device == "cuda" else ["bfloat16", "float32"])]
+    results: dict[str, Any] = {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "backend": backend,
+        "repeats": repeats,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "matmul_gflops": {dtype_name(dtype): round(matmul_rate(device, dtype), 1) for dtype in kinds},
+        "rows": _joined(time_cases(device, dtype, backend, repeats) for dtype in kinds),
+        "models": _joined(time_models(device, dtype, repeats) for dtype in kinds),
+        "memory": [memory_peaks(device, dtype, backend) for dtype in kinds],
+    }
+    print(tables(results))
+    with written_beside(output / "bench.json") as partial_file:
+        partial_file.write_text(json.dumps(results, indent=1) + "\n")
+    try:
+        plot(results, output / "bench.png")
+    except ImportError:
+        print("bench.png needs matplotlib: pip install matplotlib")
+
+
+def _joined(parts: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for part in parts for row in part]
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return f"{model or platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
