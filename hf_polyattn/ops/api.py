@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import InputError
 from ..spec import MAX_DEGREE, NORMALIZERS, POWERS, Normalizer
@@ -171,6 +172,7 @@ def polynomial_attention(
             radius_grad=call.radius is not None and call.radius.requires_grad,
             head_dim=head_dim,
             value_dim=value.shape[3],
+            transform=_transform(call),
         ),
     )
     if name == "reference":
@@ -191,6 +193,23 @@ def polynomial_attention(
         call.dropout, name,
     )  # fmt: skip
     return fused  # type: ignore[no-any-return]
+
+
+def _transform(call: Call) -> str | None:
+    """Returns what differentiates the call by other means than autograd's backward pass; None if nothing does.
+
+    An operator registered with autograd knows neither the transforms of `torch.func` nor tangents, which it drops
+    without a word. Under a compiler nothing is asked, which traces transforms by itself.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
+        return f"torch.func.{torch._C._functorch.peek_interpreter_stack().key().name.lower()}"
+    if forward_ad._current_level < 0:
+        return None
+    tensors = (call.query, call.key, call.value, call.coefficients, call.center, call.radius)
+    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
+    return "forward-mode automatic differentiation" if dual else None
 
 
 def _runs_at_once(call: Call) -> bool:

@@ -17,7 +17,10 @@ from ..errors import BackendError
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One call of the operator without its tensors: all that a backend needs to accept or refuse it."""
+    """One call of the operator without its tensors: all that a backend needs to accept or refuse it.
+
+    `transform` names what differentiates it, other than autograd's backward pass.
+    """
 
     device: str
     dtype: torch.dtype
@@ -27,6 +30,7 @@ class Problem:
     radius_grad: bool
     head_dim: int
     value_dim: int
+    transform: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ def _chunked_why_not(problem: Problem) -> str | None:
         return "it never forms the whole attention weights (return_weights=True)"
     if problem.radius_grad:
         return "it has no gradient for the radius"
+    if problem.transform is not None:
+        return f"it has derivatives for autograd's backward pass only, and runs under {problem.transform}"
     return None
 
 

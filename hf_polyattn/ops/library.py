@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from .backends import BACKENDS
 from .call import Call, compute_dtype, empty_gradient
 
@@ -100,4 +101,12 @@ def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, 
     return (*grads, *none[len(grads) : _CENTER], center, *none[_CENTER + 1 :])
 
 
+def _refuse_second_derivatives(ctx: Any, *gradients: Tensor) -> None:
+    raise BackendError(
+        "the fused backends have first derivatives only, and this backward pass is itself differentiated "
+        "(create_graph=True). Use backend='reference'."
+    )
+
+
 attention.register_autograd(_backward, setup_context=_setup_context)
+attention_backward.register_autograd(_refuse_second_derivatives)

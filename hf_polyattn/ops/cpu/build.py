@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,26 +112,41 @@ def build() -> Path:
     Raises:
         BuildError: there is no compiler, it fails, files cannot be locked, or the cache cannot be written.
     """
-    library = library_path()
-    if library.exists():
-        return library
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(library.with_suffix(".lock")):
-            if not library.exists():
-                _compile(library)
+        library = library_path()
+        if not _is_whole(library):
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(library.with_suffix(".lock")):
+                if not _is_whole(library):
+                    _compile(library)
     except OSError as error:
         raise BuildError(
-            f"the CPU kernels cannot be written to {library.parent}: {error}. Set $POLYATTN_CACHE to a folder that can."
+            f"the CPU kernels cannot be written to {error.filename or 'the cache'}: {error}. "
+            "Set $POLYATTN_CACHE to a folder that can."
         ) from error
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there as it was built: the loader dies of one that is cut short."""
+    try:
+        return _digest_file(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
 def _compile(library: Path) -> None:
     started = time.perf_counter()
     print(f"hf_polyattn: compiling the CPU kernels, once, into {library.parent} …", end="", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = Path(folder) / "attention.o", Path(folder) / library.name
+    folder = library.with_suffix(".partial")  # nobody else's, under the lock
+    shutil.rmtree(folder, ignore_errors=True)  # of a builder that was killed
+    folder.mkdir()
+    try:
+        compiled, linked = folder / "attention.o", folder / library.name
         for command in (
             [str(compiler()), *flags(), "-c", str(_SOURCES / _MAIN), "-o", str(compiled)],
             [str(compiler()), "-shared", str(compiled), "-o", str(linked), *libraries()],
@@ -141,7 +155,12 @@ def _compile(library: Path) -> None:
             if result.returncode != 0:
                 print(" failed", file=sys.stderr)
                 raise BuildError(f"the CPU kernels do not compile: {' '.join(command)}\n{result.stderr[-4000:]}")
+        digest = folder / "digest"
+        digest.write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
         os.replace(linked, library)
+        os.replace(digest, _digest_file(library))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
