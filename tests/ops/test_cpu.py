@@ -36,7 +36,6 @@ from torch import Tensor
 from hf_polyattn import BackendError, PolyAttentionConfig, Polynomial, polynomial_attention
 from hf_polyattn.ops import backends
 from hf_polyattn.ops.call import Call
-from hf_polyattn.ops.cpu import build
 from hf_polyattn.patching import core
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -223,88 +222,6 @@ def test_kernels_for_lesser_machines_are_right_too(capability: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-2:] == [capability.upper(), "passed"]
-
-
-@pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A source that compiles at once in place of the kernels, an empty cache, and a compiler that logs its calls."""
-    folder = tmp_path / "csrc"
-    folder.mkdir()
-    (folder / "attention.cpp").write_text('extern "C" int polyattn() { return 7; }')
-    wrapper = tmp_path / "logging-compiler"
-    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {build.compiler()} "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("POLYATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", str(wrapper))
-    monkeypatch.setattr(build, "_SOURCES", folder)
-    return folder
-
-
-def compiled(sources: Path) -> int:
-    calls = sources.parent / "calls"
-    return sum(" -c " in line for line in calls.read_text().splitlines()) if calls.exists() else 0
-
-
-def test_a_library_is_built_once_for_its_source(sources: Path, capsys: Any) -> None:
-    first = build.build()
-    assert capsys.readouterr().err.startswith("hf_polyattn: compiling the CPU kernels, once, into ")
-    assert build.build() == first
-    assert capsys.readouterr().err == ""
-    assert compiled(sources) == 1
-    (sources / "attention.cpp").write_text('extern "C" int polyattn() { return 8; }')
-    assert build.build() != first
-    assert compiled(sources) == 2
-    assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".lock", ".so", ".so"]
-
-
-def test_two_processes_build_one_library(sources: Path) -> None:
-    code = (
-        "import pathlib, sys; from hf_polyattn.ops.cpu import build; build._SOURCES = pathlib.Path(sys.argv[1]); "
-        "print(build.build())"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(sources)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    paths = {process.communicate()[0].strip() for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    assert len(paths) == 1
-    assert Path(paths.pop()).is_file()
-    assert compiled(sources) == 1
-
-
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(sources: Path, capsys: Any) -> None:
-    (sources / "attention.cpp").write_text("this is no C++")
-    with pytest.raises(build.BuildError, match=r"do not compile: .*logging-compiler(.|\n)*error(.|\n)*this is no C"):
-        build.build()
-    assert [path.suffix for path in build.cache_folder().iterdir()] == [".lock"]
-    assert capsys.readouterr().err.endswith(" failed\n")
-
-
-def test_without_a_compiler_auto_warns_once_and_uses_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "compiler", lambda: None)
-    uncached = backends._cpu_kernels_load.__wrapped__
-    monkeypatch.setattr(build, "load", lambda: build.build())
-    with pytest.warns(UserWarning, match=r"need a C\+\+ compiler, and none was found(.|\n)*runs attention by PyTorch"):
-        assert not uncached()
-    tensors = operands(dtype=torch.bfloat16)
-    with pytest.raises(BackendError, match=r"need a C\+\+ compiler, and none was found. Install g\+\+ or clang\+\+"):
-        polynomial_attention(*tensors, backend="cpu")
-
-
-def test_a_system_without_file_locks_is_told_so(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    with pytest.raises(
-        build.BuildError, match=r"under a file lock \(fcntl\), which .* does not have; backend='chunked'"
-    ):
-        build.build()
-    assert compiled(sources) == 0
-
-
-def test_a_cache_that_cannot_be_written_is_named(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLYATTN_CACHE", str(sources / "attention.cpp" / "inside-a-file"))
-    with pytest.raises(build.BuildError, match=r"cannot be written to .*inside-a-file.*Set \$POLYATTN_CACHE"):
-        build.build()
 
 
 def test_a_layer_promises_a_monomial_only_while_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
