@@ -11,25 +11,23 @@ from pathlib import Path
 
 @contextmanager
 def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path beside the one that is meant, to write a file or folder to, and renames it at the end.
+    """Gives another path to write a file or folder to, `partial_path`, and renames it at the end.
 
     An error inside leaves what was there before, and nothing else.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    _remove(partial)
+    path, partial = Path(path), partial_path(path)
+    shutil.rmtree(partial.parent, ignore_errors=True)
+    partial.parent.mkdir(parents=True)
     try:
         yield partial
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(partial, path)
     finally:
-        _remove(partial)
+        shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def partial_path(path: str | os.PathLike[str]) -> Path:
+    """Returns where `written_beside` has a file or folder written: under its own name, in a folder beside it."""
+    path = Path(path)
+    return path.parent / f".partial-{path.name}" / path.name

@@ -17,16 +17,16 @@ from itertools import chain
 from typing import Any
 
 import torch
-from arguments import FinetuningArguments
-from finetuning import finetune
-from runs import errors_in_a_line, read_arguments
-from sources import DataArguments, Rows, read_rows
-from task import Task
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_polyattn import InputError
+from parts.arguments import FinetuningArguments
+from parts.finetuning import finetune
+from parts.runs import errors_in_a_line, read_arguments
+from parts.sources import DataArguments, Rows, read_rows
+from parts.task import Task
 
 IGNORED = -100  # a label that has no loss
 

@@ -15,17 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from arguments import FinetuningArguments
-from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
 from datasets import Image
-from finetuning import finetune
-from runs import errors_in_a_line, read_arguments
-from sources import DataArguments, label_index, label_names, read_rows
-from task import Task
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from hf_polyattn import InputError
+from parts.arguments import FinetuningArguments
+from parts.classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
+from parts.finetuning import finetune
+from parts.runs import errors_in_a_line, read_arguments
+from parts.sources import DataArguments, label_index, label_names, read_rows
+from parts.task import Task
 
 
 @dataclasses.dataclass

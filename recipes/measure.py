@@ -20,9 +20,10 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from plotting import plot_curves
-from row_card import CONTROL, START, card, untrained
-from runs import write_beside
+
+from parts.plotting import plot_curves
+from parts.row_card import CONTROL, START, card, untrained
+from parts.runs import write_beside
 
 RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"

@@ -22,12 +22,12 @@ from datasets import load_dataset
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from training import StageArguments, main
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_polyattn import InputError
 from hf_polyattn.examples import FILE_FORMATS
+from parts.training import StageArguments, main
 
 
 @dataclasses.dataclass

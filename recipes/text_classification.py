@@ -13,12 +13,6 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-from arguments import FinetuningArguments
-from classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
-from finetuning import finetune
-from runs import errors_in_a_line, read_arguments
-from sources import DataArguments, label_index, label_names, read_rows
-from task import Task
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -28,6 +22,12 @@ from transformers import (
 )
 
 from hf_polyattn import InputError
+from parts.arguments import FinetuningArguments
+from parts.classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
+from parts.finetuning import finetune
+from parts.runs import errors_in_a_line, read_arguments
+from parts.sources import DataArguments, label_index, label_names, read_rows
+from parts.task import Task
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_backend_asked_for_without_a_gpu_says_what_it_needs() -> None:
 
 def test_shipped_tables_have_every_kernel_dtype_and_width() -> None:
     tables = tuning.shipped_tables()
-    assert list(tables) == [80, 90, 100]
+    assert list(tables) == list(tuning.SHARED_MEMORY) == [80, 86, 90, 100, 120]
     for table in tables.values():
         assert set(table) == set(KERNELS)
         for rows in table.values():
@@ -49,10 +50,33 @@ def test_shipped_tables_have_every_kernel_dtype_and_width() -> None:
                 assert 32 * row.num_warps * (row.max_registers or 0) <= 65_536, key  # else it could not be launched
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kibibytes: int) -> None:
+    """Makes PyTorch report a device of this compute capability and shared memory."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=1024 * kibibytes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "kibibytes", "table"),
+    [
+        ("A100", (8, 0), 163, 80), ("RTX 3090", (8, 6), 99, 86), ("Orin", (8, 7), 163, 86), ("L40S", (8, 9), 99, 86),
+        ("H200", (9, 0), 227, 90), ("B200", (10, 0), 227, 100), ("B300", (10, 3), 227, 100),
+        ("RTX 5090", (12, 0), 99, 120), ("GB10", (12, 1), 99, 120), ("unknown, small", (11, 0), 99, 86),
+        ("unknown, smaller", (13, 0), 64, 86),
+    ],
+)  # fmt: skip
+def test_a_device_takes_the_newest_table_that_fits_its_shared_memory(
+    device: str, capability: tuple[int, int], kibibytes: int, table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability, kibibytes)
+    assert tuning._nearest(torch.device("cuda", 0)) == table
+
+
 def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYATTN_TUNING", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (test)")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pretend(monkeypatch, (9, 0), 227)
     device = torch.device("cuda", 0)
     tuning.configuration.cache_clear()
     shipped, keys = tuning.shipped_tables()[90], tuning.keys(torch.bfloat16, 80)
@@ -69,8 +93,8 @@ def test_tables_are_found_by_device_then_by_capability(tmp_path: Path, monkeypat
     assert tuning.configuration("decode", keys, device) == limited
     assert tuning.configuration("forward", tuning.keys(torch.bfloat16, 64), device) == shipped["forward"]["bfloat16-64"]
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    pretend(monkeypatch, (8, 7), 163)
     tuning.configuration.cache_clear()
-    older = tuning.shipped_tables()[80]["decode"]["float16-64"]
+    older = tuning.shipped_tables()[86]["decode"]["float16-64"]
     assert tuning.configuration("decode", tuning.keys(torch.float16, 64, True, True), device) == older
     tuning.configuration.cache_clear()

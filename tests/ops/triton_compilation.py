@@ -22,8 +22,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "poly6-l1": {"degree": 6, "normalizer": "l1", "interval": True},
     "poly3^16-l1": {"degree": 3, "normalizer": "l1", "power": 16, "interval": True},
 }
-# Bytes of shared memory that one program may have.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Resources(NamedTuple):

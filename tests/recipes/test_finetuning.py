@@ -145,7 +145,7 @@ def test_dropout_is_that_of_the_run_and_not_saved(run: Run, molecules: list[str]
 
 def test_arms_can_be_compared_in_the_table(told: tuple[Path, dict[str, Any]], run: Run) -> None:
     results = told[1]
-    rows = importlib.import_module("comparison").render(results, {"nll": "", "perplexity": ""}).splitlines()
+    rows = importlib.import_module("parts.comparison").render(results, {"nll": "", "perplexity": ""}).splitlines()
     difference = (results["arms"][arm]["stages"]["finetuned"]["nll"] for arm in ("poly3", "softmax"))
     expected = f"{next(difference) - next(difference):+.4f}"
     assert [row.split()[-1] for row in rows if row.split()[:2] == ["poly3", "finetuned"]] == [expected]
@@ -194,7 +194,7 @@ sys.path.insert(0, "recipes")
 save = torch.save
 def save_or_die(value, file, *args, **kwargs):
     save(value, file, *args, **kwargs)
-    if "poly3/.partial/checkpoint-4" in str(file):
+    if "poly3/.partial-checkpoint-4/checkpoint-4" in str(file):
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = save_or_die
 runpy.run_path("recipes/causal_lm.py", run_name="__main__")
@@ -210,7 +210,7 @@ def test_run_killed_while_saving_and_resumed_ends_like_an_unbroken_one(
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, *words, *options(broken)]
     killed = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert (broken / "poly3/.partial/checkpoint-4").exists()
+    assert (broken / "poly3/.partial-checkpoint-4/checkpoint-4").exists()
     assert [path.name for path in (broken / "poly3").glob("checkpoint-*")] == ["checkpoint-2"]
     finished = (broken / "softmax/results.json").stat().st_mtime_ns
 
@@ -283,7 +283,7 @@ def test_adapters_and_polynomials_are_trained_saved_merged_and_reloaded(
 def test_polynomials_have_their_own_rate_and_no_decay(run: Run, checkpoint: Callable[[str], Path]) -> None:
     import hf_polyattn
 
-    arguments, trainer = (importlib.import_module(name) for name in ("arguments", "trainer"))
+    arguments, trainer = (importlib.import_module(f"parts.{name}") for name in ("arguments", "trainer"))
     arguments = arguments.FinetuningArguments(model="m", learning_rate=1e-4, weight_decay=0.1, use_cpu=True)
     arguments.coefficient_learning_rate = 2e-3
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
@@ -342,7 +342,7 @@ def test_mirrored_images_follow_the_generator_that_checkpoints_hold(run: Run) ->
 
 
 def test_offline_metric_equals_the_definition(run: Run) -> None:
-    metric = importlib.import_module("classification").Classification(keep_in_memory=True)
+    metric = importlib.import_module("parts.classification").Classification(keep_in_memory=True)
     values = metric.compute(predictions=[0, 0, 1, 2, 2, 2], references=[0, 1, 1, 2, 2, 0])
     assert values["accuracy"] == pytest.approx(4 / 6)
     assert values["macro_f1"] == pytest.approx((2 * 1 / 4 + 2 * 1 / 3 + 2 * 2 / 5) / 3)
@@ -428,7 +428,7 @@ def test_full_disk_leaves_the_checkpoints_before_it(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, a device on which every write finds the disk full")
-    kind = importlib.import_module("trainer").PolyAttentionTrainer
+    kind = importlib.import_module("parts.trainer").PolyAttentionTrainer
     save_optimizer = kind._save_optimizer_and_scheduler
 
     def save_to_a_full_disk(self: Any, folder: str) -> None:

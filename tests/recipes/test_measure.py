@@ -139,7 +139,7 @@ def test_arms_start_from_the_softmax_model_of_their_seed(
     ("unit", "text"), [("percent", "-1.00 %"), ("points", "-0.90 points"), ("difference", "-0.0090")]
 )
 def test_changes_are_in_the_unit_of_the_row(measure: Any, unit: str, text: str) -> None:
-    assert importlib.import_module("row_card").change(0.891, 0.9, unit) == text
+    assert importlib.import_module("parts.row_card").change(0.891, 0.9, unit) == text
 
 
 def test_card_of_a_conversion_has_no_control(measure: Any) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ from ..cache import user_cache
 KERNELS = ("forward", "grad_query", "grad_key_value", "decode")
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = (64, 96, 128, 192, 256)
+#: Bytes of shared memory that one program may have, of the smallest device that each shipped table is for.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 _SHIPPED = Path(__file__).parent / "tables"
 
 
@@ -100,8 +102,8 @@ def row_of(table: Table, kernel: str, keys: tuple[str, ...]) -> Configuration | 
 def configuration(kernel: str, keys: tuple[str, ...], device: torch.device) -> Configuration:
     """Returns the configuration of a kernel.
 
-    A table for the device's name comes first, from `local_folder` and then from this package; then the shipped one
-    of the highest compute capability that is not above the device's.
+    A table for the device's name comes first, from `local_folder` and then from this package; then the shipped one of
+    the highest compute capability that is not above the device's, and whose rows fit its shared memory.
 
     Args:
         kernel: one of KERNELS.
@@ -110,14 +112,22 @@ def configuration(kernel: str, keys: tuple[str, ...], device: torch.device) -> C
     """
     name = f"{_slug(torch.cuda.get_device_name(device))}.json"
     named = (read_table(path) for path in (local_folder() / name, _SHIPPED / name) if path.exists())
-    major, minor = torch.cuda.get_device_capability(device)
-    shipped = shipped_tables()
-    nearest = max(capability for capability in shipped if capability <= max(10 * major + minor, min(shipped)))
-    for table in (*named, shipped[nearest]):
+    for table in (*named, shipped_tables()[_nearest(device)]):
         row = row_of(table, kernel, keys)
         if row is not None:
             return row
     raise KeyError(f"no configuration of {kernel} for {keys[-1]}")  # tests/ops/test_triton.py: never
+
+
+def _nearest(device: torch.device) -> int:
+    """Returns the compute capability of the shipped table that fits a device best."""
+    major, minor = torch.cuda.get_device_capability(device)
+    properties: Any = torch.cuda.get_device_properties(device)
+    older = [capability for capability in SHARED_MEMORY if capability <= 10 * major + minor]
+    fitting = [
+        capability for capability in older if SHARED_MEMORY[capability] <= properties.shared_memory_per_block_optin
+    ]
+    return max(fitting) if fitting else min(SHARED_MEMORY, key=SHARED_MEMORY.__getitem__)
 
 
 def _slug(device: str) -> str:

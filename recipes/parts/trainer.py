@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import written_beside
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from hf_polyattn import PolyAttnError, param_groups
+from hf_polyattn import InputError, PolyAttnError, param_groups
 from hf_polyattn.adaptation.distillation import divergence
+
+from .runs import written_beside
 
 
 class FinetuningError(PolyAttnError):
@@ -133,3 +134,19 @@ class PolyAttentionTrainer(Trainer):
                 self.writing = None
         if self.args.should_save:
             rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit)
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets the dropout of every layer; the config, and so the saved model, keeps its own.
+
+    Raises:
+        InputError: not a probability.
+    """
+    if not 0.0 <= probability < 1.0:
+        raise InputError(f"--dropout must be at least 0 and less than 1, got {probability}")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "dropout_prob"):  # numbers that attention modules hand on
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
-from arguments import CONTROL, FinetuningArguments
-from runs import describe_device, peak_memory_mib, versions
-from task import Task
 
 from hf_polyattn.tables import format_table
+
+from .arguments import CONTROL, FinetuningArguments
+from .runs import describe_device, peak_memory_mib, versions
+from .task import Task
 
 
 def circumstances(

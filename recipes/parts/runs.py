@@ -6,10 +6,10 @@ import dataclasses
 import os
 import platform
 import resource
-import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from hf_polyattn import PolyAttnError
+from hf_polyattn import PolyAttnError, files
 
 
 class SaveError(PolyAttnError):
@@ -65,28 +65,17 @@ def written_beside(path: Path, accelerator: Accelerator | None = None) -> Iterat
     Raises:
         SaveError: writing failed, for example because the disk is full.
     """
-    partial = path.parent / ".partial" / path.name
     main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
     try:
-        if main:
-            _remove(partial)
-            partial.parent.mkdir(parents=True, exist_ok=True)
-        wait()
-        yield partial
-        wait()
-        if main:
-            _remove(path)
-            os.replace(partial, path)
+        with files.written_beside(path) if main else nullcontext(files.partial_path(path)) as partial:
+            wait()
+            yield partial
+            wait()
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise SaveError(
             f"{path} cannot be written: {error}. What was saved before it is kept; make room and run again."
         ) from error
-    finally:
-        if main:
-            _remove(partial)
-            with suppress(OSError):  # others are being written there
-                partial.parent.rmdir()
     wait()
 
 
@@ -94,13 +83,6 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file or folder through `written_beside`."""
     with written_beside(path) as partial:
         write(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def single_process() -> dict[str, str]:
@@ -130,3 +112,11 @@ def peak_memory_mib() -> int:
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, KiB elsewhere
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return max(usage) // unit
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Puts down how long what is inside took."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from sources import Rows
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from .sources import Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,6 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from plotting import plot_stages
-from runs import describe_device, peak_memory_mib, read_arguments, single_process, versions, write_beside
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,6 +30,9 @@ import hf_polyattn
 from hf_polyattn import InputError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
 from hf_polyattn.tables import format_table
+
+from .plotting import plot_stages
+from .runs import describe_device, peak_memory_mib, read_arguments, single_process, versions, write_beside
 
 STAGES = {
     "softmax": "the checkpoint as it was published",

@@ -15,32 +15,28 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
-from arguments import CONTROL, FinetuningArguments
-from comparison import circumstances, render
-from peft import LoraConfig, get_peft_model
-from runs import write_beside, written_beside
-from task import Task
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from trainer import PolyAttentionTrainer
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
 from hf_polyattn import InputError, PolyAttnError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
-from hf_polyattn.patching.core import is_patched
-from hf_polyattn.patching.families import attention_sites
-from hf_polyattn.patching.patched import patched_layers
-from hf_polyattn.patching.saved_config import CONFIG_KEY
+
+from .adapters import add_adapters, config_of_base
+from .arguments import CONTROL, FinetuningArguments
+from .comparison import circumstances, render
+from .runs import timed, write_beside, written_beside
+from .task import Task
+from .trainer import PolyAttentionTrainer, set_dropout
 
 
 def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
@@ -298,8 +294,8 @@ class Arms:
                 raise InputError(f"--resume needs the arguments of the run in {self.output}: {given}")
         self.accelerator.wait_for_everyone()
         if self.main:
-            for folder in arms:
-                shutil.rmtree(folder / ".partial", ignore_errors=True)
+            for partial in [partial for folder in arms for partial in folder.glob(".partial-*")]:
+                shutil.rmtree(partial)
         self.write(file, decisive)
 
     def write(self, file: Path, content: Any) -> None:
@@ -308,57 +304,6 @@ class Arms:
         self.accelerator.wait_for_everyone()
 
 
-def set_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Sets the dropout of every layer; the config, and so the saved model, keeps its own.
-
-    Raises:
-        InputError: not a probability.
-    """
-    if not 0.0 <= probability < 1.0:
-        raise InputError(f"--dropout must be at least 0 and less than 1, got {probability}")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = probability
-        for name in ("attention_dropout", "dropout_prob"):  # numbers that attention modules hand on
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, probability)
-
-
-def config_of_base(model: Any) -> PreTrainedConfig:
-    """Returns the config with which a softmax checkpoint becomes the base of a trained adapter.
-
-    It names the polynomials by layer: one that names modules is of a saved model, which must have them all.
-    """
-    base = model.get_base_model()
-    config = copy.deepcopy(base.config)
-    if is_patched(base):
-        state = getattr(config, CONFIG_KEY)
-        del state["modules"]
-        numbers = {site.path: site.layer for site in attention_sites(base)}
-        state["layer_specs"] = {str(numbers[path]): str(layer.config.spec) for path, layer in patched_layers(base)}
-    return config
-
-
-def add_adapters(model: PreTrainedModel, arguments: FinetuningArguments, new_modules: tuple[str, ...]) -> Any:
-    """Returns a model whose own weights are frozen: LoRA adapters, polynomials and new modules are trained."""
-    polynomials = ("polyattn",) if getattr(model.config, CONFIG_KEY, None) else ()
-    config = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_targets or "all-linear",
-        modules_to_save=[*polynomials, *new_modules] or None,
-    )
-    return get_peft_model(model, config)
-
-
 def last_checkpoint(folder: Path) -> str | None:
     """Returns the newest checkpoint of an arm; one that was being written when its run was killed has no such name."""
     return get_last_checkpoint(str(folder)) if folder.exists() else None
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
