@@ -29,12 +29,13 @@ Case = tuple[int, torch.dtype, str, int, bool]  # capability, dtype, spec, head 
 
 CHOICE: list[Case] = [
     *((capability, dtype, "poly6-l1", dim, True)  # of all specs, the one with the most registers
-      for capability in CAPABILITIES for dtype, dim in ((BF16, 64), (BF16, 128), (FP16, 256))),
+      for capability in (80, 90, 100) for dtype, dim in ((BF16, 64), (BF16, 128), (FP16, 256))),
+    *((capability, BF16, "poly6-l1", dim, True) for capability in (86, 89, 120) for dim in (64, 128)),
     (80, FP32, "poly3^16-l1", 64, True),  # the least shared memory, the widest elements
     (90, BF16, "poly3", 128, False),
     (90, BF16, "poly3-calibrated", 64, False),
     (90, BF16, "poly3^16-l1", 128, False),
-    *((capability, BF16, "poly6-l1", dim, False) for capability in CAPABILITIES for dim in (80, 160)),  # two chunks
+    *((capability, BF16, "poly6-l1", dim, False) for capability in (80, 90, 100) for dim in (80, 160)),  # two chunks
     (90, BF16, "poly4-l1", 80, True),
 ]  # fmt: skip
 ALL: list[Case] = [
