@@ -119,7 +119,8 @@ def test_another_polynomial_fails_the_sweep(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_module_that_silently_stays_softmax_fails_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = families.attention_sites
-    monkeypatch.setattr("hf_polyattn.patching.patch.attention_sites", lambda model: sites(model)[:-1])
+    for user in ("patch", "description"):
+        monkeypatch.setattr(f"hf_polyattn.patching.{user}.attention_sites", lambda model: sites(model)[:-1])
     row = sweep.sweep_family("vit")
     assert row.status == "failed"
     assert "ViTAttention was not found" in row.reason
