@@ -214,15 +214,16 @@ def bench(
     backend: Annotated[str, typer.Option(help=f"Of the operator: auto, {', '.join(BACKENDS)}.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 7,
     output: Annotated[Path, typer.Option(help="Folder of bench.json and bench.png.")] = Path("outputs/bench"),
+    part: Annotated[list[str] | None, typer.Option(help="operator, models or memory; default: all three.")] = None,
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
 ) -> None:
     """Verify polynomial attention and time it next to softmax on this machine."""
-    from .bench import run
+    from .bench import PARTS, run
     from .ops.backends import check_name
 
     names = None if dtype is None else [str(name) for name in dtype]
     check_name(backend)
-    run(device, names, backend, repeats, output, tune=tune)
+    run(device, names, backend, repeats, output, parts=part or tuple(PARTS), tune=tune)
 
 
 @app.command()

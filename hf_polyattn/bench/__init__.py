@@ -3,6 +3,6 @@
 Imports `patching` and below.
 """
 
-from .command import run
+from .command import PARTS, run
 
-__all__ = ["run"]
+__all__ = ["PARTS", "run"]

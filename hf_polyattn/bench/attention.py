@@ -32,12 +32,16 @@ def polynomial(spec: Spec, case: Case, tensors: list[Tensor], backend: str) -> C
     def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = backend) -> Tensor:
         batch, _, q_len, _ = query.shape
         own = {name: value[:batch, :, :q_len] if name == "center" else value for name, value in settings.items()}
+        k_len = key.shape[2]
+        if case.causal and q_len < k_len:  # the last rows of a sequence, as `verify` gives them
+            stops = torch.arange(k_len - q_len + 1, k_len + 1, device=query.device)
+            own["ranges"] = torch.stack([torch.zeros_like(stops), stops], -1)[None]
         output: Tensor = polynomial_attention(
             query,
             key,
             value,
             coefficients,
-            causal=case.causal,
+            causal=case.causal and q_len == k_len,
             power=parsed.power,
             normalizer=parsed.normalizer,
             backend=backend,

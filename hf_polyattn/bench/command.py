@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,21 @@ from .operator import time_cases
 from .report import plot, tables
 from .timing import matmul_rate
 
+#: What `run` measures -> its key in `bench.json`: the operator, whole models, what attention needs beside its inputs.
+PARTS = {"operator": "rows", "models": "models", "memory": "memory"}
+
 
 def run(
-    device: str | None, dtypes: list[str] | None, backend: str, repeats: int, output: Path, *, tune: bool = False
+    device: str | None,
+    dtypes: list[str] | None,
+    backend: str,
+    repeats: int,
+    output: Path,
+    *,
+    parts: Collection[str] = tuple(PARTS),
+    tune: bool = False,
 ) -> None:
-    """Runs the benchmark, prints its tables and writes `bench.json` and, with matplotlib, `bench.png`.
+    """Runs the benchmark, prints its tables and writes `bench.json` and, of the operator with matplotlib, `bench.png`.
 
     Args:
         device: cpu or cuda; None takes a GPU if there is one.
@@ -39,16 +50,20 @@ def run(
         backend: of the operator.
         repeats: runs of which the median is taken.
         output: folder of the files.
+        parts: names of `PARTS`: what is measured; the others' lists stay empty.
         tune: write a table of the fastest Triton configurations first.
 
     Raises:
-        InputError: the device is neither.
+        InputError: the device is neither, or a part is unknown.
         VerificationError: a case is wrong.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in CASES:
         raise InputError(f"device must be one of {[*CASES]}, got {device!r}")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise InputError(f"parts must be of {[*PARTS]}, got {unknown}")
     if tune:
         from ..ops.triton.tune import tune as write_table
 
@@ -59,23 +74,37 @@ def run(
         "threads": torch.get_num_threads(),
         "backend": backend,
         "repeats": repeats,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": _versions(device),
         "matmul_gflops": {dtype_name(dtype): round(matmul_rate(device, dtype), 1) for dtype in kinds},
-        "rows": _joined(time_cases(device, dtype, backend, repeats) for dtype in kinds),
-        "models": _joined(time_models(device, dtype, repeats) for dtype in kinds),
-        "memory": [memory_peaks(device, dtype, backend) for dtype in kinds],
+        **{key: [] for key in PARTS.values()},
     }
+    measures: dict[str, Callable[[torch.dtype], Iterable[list[dict[str, Any]]]]] = {
+        "operator": lambda dtype: time_cases(device, dtype, backend, repeats),
+        "models": lambda dtype: time_models(device, dtype, repeats),
+        "memory": lambda dtype: [[memory_peaks(device, dtype, backend)]],
+    }
+    for dtype, part in product(kinds, parts):
+        for rows in measures[part](dtype):
+            results[PARTS[part]] += rows
+            with written_beside(output / "bench.json") as partial_file:  # as it grows: what runs long may be cut off
+                partial_file.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
-    with written_beside(output / "bench.json") as partial_file:
-        partial_file.write_text(json.dumps(results, indent=1) + "\n")
+    if not results["rows"]:
+        return
     try:
         plot(results, output / "bench.png")
     except ImportError:
         print("bench.png needs matplotlib: pip install matplotlib")
 
 
-def _joined(parts: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [row for part in parts for row in part]
+def _versions(device: str) -> dict[str, str]:
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        import triton
+
+        cudnn: int = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        versions |= {"triton": triton.__version__, "cudnn": str(cudnn)}
+    return versions
 
 
 def _device_name(device: str) -> str:

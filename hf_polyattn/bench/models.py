@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -60,9 +60,8 @@ MODELS: dict[str, dict[str, tuple[Callable[[], Any], int, int]]] = {
 }
 
 
-def time_models(device: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    """Returns one row for each model and spec: milliseconds of inference and of a training step next to SDPA's."""
-    rows = []
+def time_models(device: str, dtype: torch.dtype, repeats: int) -> Iterator[list[dict[str, Any]]]:
+    """Yields one row for each spec of a model: milliseconds of inference and of a training step next to SDPA's."""
     for name, (make, batch, length) in MODELS[device].items():
         with torch.device(device):
             original = make().to(dtype).eval()
@@ -84,6 +83,7 @@ def time_models(device: str, dtype: torch.dtype, repeats: int) -> list[dict[str,
             kind: alternate({key: partial(run, model, inputs) for key, model in contestants.items()}, repeats, device)
             for kind, run in (("infer", _infer), ("train", _train))
         }
+        rows = []
         for spec in SPECS:
             row: dict[str, Any] = {"model": name, "batch": batch, "length": length, "dtype": dtype_name(dtype)}
             row["spec"] = str(spec)
@@ -91,7 +91,7 @@ def time_models(device: str, dtype: torch.dtype, repeats: int) -> list[dict[str,
                 ours, softmax = ms[str(spec)], ms["softmax"]
                 row[kind] = {"ms": ours, "softmax_ms": softmax, "latency": round(ours / softmax, 3)}
             rows.append(row)
-    return rows
+        yield rows
 
 
 def _inputs(model: Any, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:

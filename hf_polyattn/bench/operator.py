@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,13 +16,12 @@ from .timing import alternate, matmul_rate
 from .verification import verify
 
 
-def time_cases(device: str, dtype: torch.dtype, backend: str, repeats: int) -> list[dict[str, Any]]:
-    """Returns one row for each case and spec: median milliseconds of ours and of every softmax, and the speedups.
+def time_cases(device: str, dtype: torch.dtype, backend: str, repeats: int) -> Iterator[list[dict[str, Any]]]:
+    """Yields one row for each spec of a case: median milliseconds of ours and of every softmax, and the speedups.
 
     Raises:
         VerificationError: a case is wrong.
     """
-    rows = []
     cases = CASES[device]
     progress = tqdm(total=len(cases), desc=f"bench {dtype_name(dtype)}")
     for case in cases:
@@ -32,9 +32,15 @@ def time_cases(device: str, dtype: torch.dtype, backend: str, repeats: int) -> l
         everyone: dict[str, Attention] = {**softmaxes(device, dtype, case), **ours}
         passes = ("forward",) if case.queries else ("forward", "forward_backward")
         times = {
-            name: alternate({k: partial(run_once, f, tensors, name) for k, f in everyone.items()}, repeats, device)
+            name: alternate(
+                {k: partial(run_once, f, tensors, name) for k, f in everyone.items()},
+                repeats,
+                device,
+                queued=8 if device == "cuda" else 1,
+            )
             for name in passes
         }
+        rows = []
         rate = matmul_rate(device, dtype)
         for spec in SPECS:
             row: dict[str, Any] = {"case": str(case), **asdict(case), "spec": str(spec), "dtype": dtype_name(dtype)}
@@ -50,6 +56,6 @@ def time_cases(device: str, dtype: torch.dtype, backend: str, repeats: int) -> l
                     "limit_speedup": round(best / limit, 3),
                 }
             rows.append(row)
+        yield rows
         progress.update()
     progress.close()
-    return rows

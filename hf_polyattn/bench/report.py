@@ -11,22 +11,25 @@ from .cases import SPECS
 
 def tables(results: dict[str, Any]) -> str:
     """Returns the results as tables for a terminal."""
+    parts = []
     rows = [
         (row["case"], row["dtype"], row["spec"], *(_cell(row.get(kind)) for kind in ("forward", "forward_backward")))
         for row in results["rows"]
     ]
-    parts = [
-        "times softmax's speed (and what it would be at the rate of one large matrix product)",
-        format_table(("case", "dtype", "polynomial", "forward", "forward+backward"), rows),
-    ]
+    if rows:
+        parts += [
+            "times softmax's speed (and what it would be at the rate of one large matrix product)",
+            format_table(("case", "dtype", "polynomial", "forward", "forward+backward"), rows),
+        ]
     latencies = [
         (row["model"], row["dtype"], row["spec"], *(f"{row[kind]['latency']:.2f}" for kind in ("infer", "train")))
         for row in results["models"]
     ]
-    parts += [
-        "\nwhole models: time divided by softmax's",
-        format_table(("model", "dtype", "polynomial", "inference", "training step"), latencies),
-    ]
+    if latencies:
+        parts += [
+            "\nwhole models: time divided by softmax's",
+            format_table(("model", "dtype", "polynomial", "inference", "training step"), latencies),
+        ]
     for row in results["memory"]:
         peaks = ", ".join(f"{name} {peak:.0f}" for name, peak in row["mib"].items())
         parts.append(f"\npeak of extra memory, forward and backward, {row['case']} {row['dtype']}, in MiB: {peaks}")

@@ -9,18 +9,29 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def alternate(steps: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Returns each step's median milliseconds; the steps take turns, after one warm-up each."""
+def alternate(
+    steps: Mapping[str, Callable[[], object]], repeats: int, device: str, *, queued: int = 1
+) -> dict[str, float]:
+    """Returns each step's median milliseconds; the steps take turns, after one warm-up each.
+
+    Args:
+        steps: what is run.
+        repeats: turns of which the median is taken.
+        device: cpu or cuda.
+        queued: runs of a turn; on a GPU they wait behind each other, so that the time to launch them stays hidden, as
+            it is in training.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
             _synchronize(device)
             started = time.perf_counter()
-            step()
+            for _ in range(queued):
+                step()
             _synchronize(device)
             if turn:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: round(statistics.median(record), 3) for name, record in times.items()}
+                times[name].append(1e3 * (time.perf_counter() - started) / queued)
+    return {name: round(statistics.median(record), 4) for name, record in times.items()}
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from hf_polyattn import cli
+from hf_polyattn.bench import command
 from hf_polyattn.bench.cases import CASES, SPECS, Case
 from hf_polyattn.bench.models import MODELS, _bert, _vit
 from hf_polyattn.bench.operator import time_cases
 from hf_polyattn.bench.verification import VerificationError
+from hf_polyattn.errors import InputError
 
 SMALL = (Case(2, 4, 2, 33, 16, True), Case(1, 2, 2, 40, 8, queries=1))
 TINY = {"tiny": (partial(_bert, 1, 32, 2), 2, 12), "tiny-vit": (partial(_vit, 32, 2), 1, 197)}
@@ -64,4 +66,20 @@ def test_bench_refuses_to_time_a_wrong_backend(part: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(CASES, "cpu", SMALL[:1])
     monkeypatch.setattr(chunked, "forward", wrong)
     with pytest.raises(VerificationError, match="exceeds the budget"):
-        time_cases("cpu", torch.float32, "chunked", 1)
+        list(time_cases("cpu", torch.float32, "chunked", 1))
+
+
+def test_bench_measures_a_part_and_keeps_what_it_had_when_cut_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def cut_off(*args: Any) -> Any:
+        yield [{"case": "first"}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "time_cases", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        command.run("cpu", ["float32"], "auto", 1, tmp_path, parts=["operator"])
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert (results["rows"], results["models"], results["memory"]) == ([{"case": "first"}], [], [])
+    with pytest.raises(InputError, match=r"parts must be of \['operator', 'models', 'memory'\], got \['speed'\]"):
+        command.run("cpu", ["float32"], "auto", 1, tmp_path, parts=["speed"])

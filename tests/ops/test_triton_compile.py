@@ -48,6 +48,8 @@ ALL: list[Case] = [
 ]
 ALL.append((90, BF16, "poly4-l1", 96, True))
 ROWS = [case for case in ALL if case[2] in ("poly6-l1", "poly3") and case[4]]
+# Rows that spill and were timed all the same: 4.28 ms on an H200, where the best that does not spill took 8.04.
+FASTER = {(90, "grad_key_value", Configuration(32, 64, 4, 3))}
 CASES = {"choice": CHOICE, "rows": ROWS, "all": ALL}[os.environ.get("POLYATTN_COMPILE", "choice")]
 
 
@@ -83,7 +85,7 @@ def test_shipped_configurations_compile_without_spills(case: Case) -> None:
     kernels = {"forward", "grad_query", "grad_key_value", "decode", "decode_sum"}
     assert {resources.kernel for resources in compiled} == kernels | ({"delta"} if "l1" in spec else set())
     for resources in (*compiled, *grouped):
-        assert resources.spilled == 0, resources
+        assert resources.spilled == 0 or (capability, resources.kernel, resources.configuration) in FASTER, resources
         assert resources.shared <= SHARED_MEMORY[TABLES[capability]], resources
         assert not resources.serialized, resources
         assert 0 < resources.registers < 256, resources

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -36,17 +39,18 @@ _TOLERANCE = 2e-2
 Measure = Callable[[Callable[[], object]], float]
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Returns the median time of a run on the current CUDA device, after three that are not counted."""
+def milliseconds(run: Callable[[], object], repeats: int = 5, queued: int = 5) -> float:
+    """Returns the median time of a run on the current CUDA device, some queued behind each other."""
     times = []
-    for _ in range(repeats + 3):
+    for _ in range(repeats + 1):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        run()
+        for _ in range(queued):
+            run()
         stop.record()
         stop.synchronize()
-        times.append(float(start.elapsed_time(stop)))
-    return statistics.median(times[3:])
+        times.append(float(start.elapsed_time(stop)) / queued)
+    return statistics.median(times[1:])
 
 
 def tune(
@@ -56,7 +60,7 @@ def tune(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
     widths: Sequence[int] = WIDTHS,
     length: int = 4096,
-    tokens: int = 2**13,
+    tokens: int = 2**15,
     candidates: dict[str, tuple[Configuration, ...]] = CANDIDATES,
     folder: Path | None = None,
     measure: Measure = milliseconds,
@@ -78,17 +82,37 @@ def tune(
     """
     table: Table = {kernel: {} for kernel in candidates}
     variants: tuple[dict[str, bool], ...] = ({"monomial": True}, {}, {"grouped": True})
-    for dtype, width, variant in product(dtypes, widths, variants):
+    cases = [
+        (kernel, dtype, width, variant)
+        for dtype, width, variant, kernel in product(dtypes, widths, variants, candidates)
+        if "grouped" not in variant or kernel == "grad_key_value"
+    ]
+    if device.type == "cuda":
+        _compile([(*case, row, device, length) for case in cases for row in candidates[case[0]]])
+    for kernel, dtype, width, variant in cases:
         call = _call(device, dtype, width, (max(1, tokens // length), length), **variant)
-        for kernel, rows in candidates.items():
-            if "grouped" in variant and kernel != "grad_key_value":
-                continue
-            best = _fastest(kernel, rows, call, measure)
-            if best is not None:
-                key = keys(dtype, width, **variant)[0]
-                table[kernel][key], spent = best
-                report(f"{kernel} {key}: {tuple(table[kernel][key])}, {spent:.3f} ms")
+        best = _fastest(kernel, candidates[kernel], call, measure)
+        if best is not None:
+            key = keys(dtype, width, **variant)[0]
+            table[kernel][key], spent = best
+            report(f"{kernel} {key}: {tuple(table[kernel][key])}, {spent:.3f} ms")
     return write_table(table, name, local_folder() if folder is None else folder)
+
+
+def _compile(jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Fills Triton's cache with the kernels of all candidates, in as many processes as there are cores."""
+    processes = min(os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile_one, jobs))
+
+
+def _compile_one(job: tuple[Any, ...]) -> None:
+    from . import launch as backend
+
+    kernel, dtype, width, variant, row, device, length = job
+    call = _call(device, dtype, width, (1, length), **variant)
+    with contextlib.suppress(Exception), _trying(kernel, row, backend):  # what fails here is left out where it is timed
+        _run(kernel, call, backend)()
 
 
 def _fastest(
