@@ -127,9 +127,8 @@ def polynomial_attention(
     """
     query, key, value = autocast_inputs(query, key, value)
     _check_operands(query, key, value, coefficients)
-    batch, heads, q_len, head_dim = query.shape
-    _check_mask(mask, batch, heads, q_len, key.shape[2], query.device)
-    _check_ranges(ranges, batch, q_len, query.device)
+    heads, head_dim = query.shape[1], query.shape[3]
+    check_masks(mask, ranges, query, key.shape[2])
     if normalizer not in NORMALIZERS:
         raise InputError(f"normalizer {normalizer!r} is not one of {NORMALIZERS}")
     if power not in POWERS:
@@ -263,6 +262,13 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor, coefficients: Ten
             f"query, key, value and coefficients must share a device; got {query.device}, {key.device}, "
             f"{value.device}, {coefficients.device}"
         )
+
+
+def check_masks(mask: Tensor | None, ranges: Tensor | None, query: Tensor, k_len: int) -> None:
+    """Raises InputError if a mask or ranges do not fit a query (B, H, Tq, D) and a number of keys."""
+    batch, heads, q_len, _ = query.shape
+    _check_mask(mask, batch, heads, q_len, k_len, query.device)
+    _check_ranges(ranges, batch, q_len, query.device)
 
 
 def _check_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_len: int, device: torch.device) -> None:

@@ -64,6 +64,40 @@ def _part(tensor: Tensor, *parts: slice) -> Tensor:
     return tensor[tuple(p if size > 1 else slice(None) for p, size in zip(parts, tensor.shape, strict=True))]
 
 
+def visible_keys(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    ranges: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """Returns n_i, the keys that each query row sees, at least 1: int, broadcastable to (B, H, Tq).
+
+    Arguments are those of `polynomial_attention`.
+    """
+    if mask is not None:
+        visible = mask
+        seen = band(range(queries), range(keys), causal, window, device)
+        if seen is not None:
+            visible = visible & seen
+        if ranges is not None:
+            visible = visible & within(ranges, slice(0, keys))
+        return visible.sum(-1).clamp(min=1)
+    i = torch.arange(queries, device=device)
+    low, high = torch.zeros_like(i), torch.full_like(i, keys)
+    if causal:
+        high = high.minimum(i + 1)
+    if window is not None:
+        low, high = low.maximum(i - window + 1), high.minimum(i + window)
+    if ranges is not None:
+        start, stop = ranges[:, None].unbind(-1)
+        low, high = low.maximum(start), high.minimum(stop)
+    return (high - low).clamp(min=1).expand(*(1,) * (3 - high.dim()), *high.shape)
+
+
 def packed_ranges(cu_seqlens: Tensor, length: int) -> Tensor:
     """Returns the ranges (1, T, 2), int32, of sequences packed one after another: each row sees its own sequence.
 
