@@ -80,7 +80,7 @@ def visible_keys(
     """
     if mask is not None:
         visible = mask
-        seen = band(range(queries), range(keys), causal, window, device)
+        seen = band(slice(0, queries), slice(0, keys), causal, window, device)
         if seen is not None:
             visible = visible & seen
         if ranges is not None:

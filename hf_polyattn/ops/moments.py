@@ -166,7 +166,7 @@ def _hidden(
     causal: bool,
     window: int | None,
 ) -> Tensor | None:
-    visible = band(range(q_len), range(k_len), causal, window, device)
+    visible = band(slice(0, q_len), slice(0, k_len), causal, window, device)
     if ranges is not None:
         inside = within(ranges, slice(0, k_len))
         visible = inside if visible is None else inside & visible
