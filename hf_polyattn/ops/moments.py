@@ -141,10 +141,9 @@ def _of_prefixes(q: Tensor, k: Tensor, visible: Tensor | None) -> tuple[Tensor, 
 
 def _of_scores(q: Tensor, k: Tensor, pattern: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Returns the moments of any rows, from all their scores."""
-    batch, heads, q_len, head_dim = q.shape
-    k_len = k.shape[2]
-    scores = q.reshape(batch, k.shape[1], -1, head_dim) @ k.transpose(-1, -2)
-    scores = scores.reshape(batch, heads, q_len, k_len)
+    heads, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
+    grouped = q.unflatten(1, (k.shape[1], heads // k.shape[1]))
+    scores = (grouped @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
     hidden = _hidden(q_len, k_len, q.device, **pattern)
     n = visible_keys(q_len, k_len, q.device, **pattern)
     if hidden is not None:
