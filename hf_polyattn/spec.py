@@ -13,18 +13,21 @@ from .errors import SpecError
 Normalizer = Literal["rsqrt", "mean", "none", "l1"]
 Family = Literal["poly", "taylor"]
 Granularity = Literal["head", "layer"]
+RowShift = Literal["none", "linear", "moments"]
 
 NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
 POWERS = (1, 2, 4, 8, 16, 32)
 MAX_DEGREE = 8
+MAX_REFINEMENTS = 2
+MAX_SQUARES = 64
 FORMAT_VERSION = 1
 
 GRAMMAR = (
-    '("poly" | "taylor") degree ["^" power] ["-" normalizer], with degree 1..8, '
-    "power 1|2|4|8|16|32 and normalizer rsqrt|mean|none|l1; "
-    "for example poly3, poly6-l1 or poly3^16-l1"
+    '("poly" | "taylor") degree ["^" power] ["~" refinements] ["-" normalizer], with degree 1..8, '
+    "power 1|2|4|8|16|32, refinements 1|2 and normalizer rsqrt|mean|none|l1; "
+    "for example poly3, poly3~1, poly6-l1 or poly3^16-l1"
 )
-_SPEC = re.compile(r"(poly|taylor)([1-9][0-9]*)(?:\^([1-9][0-9]*))?(?:-([a-z0-9]+))?")
+_SPEC = re.compile(r"(poly|taylor)([1-9][0-9]*)(?:\^([1-9][0-9]*))?(?:~([1-9][0-9]*))?(?:-([a-z0-9]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Polynomial:
         degree: P, 1 to 8.
         power: s, the exponent put on p, reached by squaring: 1, 2, 4, 8, 16 or 32.
         normalizer: the row scale r_i: `rsqrt` n^(-1/2), `mean` 1/n, `none` 1, `l1` 1/Σ|w|.
+        refinements: how often the row's shift is moved by the polynomial's own row sum, 0 to 2.
 
     Source: arXiv 2410.18613 for `poly`, 2403.02920 for `taylor`; DESIGN.md, "The mathematics".
 
@@ -51,6 +55,7 @@ class Polynomial:
     degree: int = 3
     power: int = 1
     normalizer: Normalizer = "rsqrt"
+    refinements: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in get_args(Family):
@@ -61,6 +66,8 @@ class Polynomial:
             raise SpecError(f"power {self.power!r} is not one of {POWERS}. Grammar: {GRAMMAR}")
         if self.normalizer not in NORMALIZERS:
             raise SpecError(f"normalizer {self.normalizer!r} is not one of {NORMALIZERS}. Grammar: {GRAMMAR}")
+        if type(self.refinements) is not int or not 0 <= self.refinements <= MAX_REFINEMENTS:
+            raise SpecError(f"refinements {self.refinements!r} are not in 0..{MAX_REFINEMENTS}. Grammar: {GRAMMAR}")
 
     @classmethod
     def parse(cls, spec: str | Polynomial) -> Polynomial:
@@ -76,16 +83,17 @@ class Polynomial:
         match = _SPEC.fullmatch(spec)
         if match is None:
             raise SpecError(f"spec {spec!r} does not follow the grammar: {GRAMMAR}")
-        family, degree, power, normalizer = match.groups()
+        family, degree, power, refinements, normalizer = match.groups()
         try:
-            return cls(family, int(degree), int(power or 1), normalizer or "rsqrt")  # type: ignore[arg-type]
+            return cls(family, int(degree), int(power or 1), normalizer or "rsqrt", int(refinements or 0))  # type: ignore[arg-type]
         except SpecError as error:
             raise SpecError(f"spec {spec!r}: {error}") from None
 
     def __str__(self) -> str:
         power = f"^{self.power}" if self.power > 1 else ""
+        refinements = f"~{self.refinements}" if self.refinements else ""
         normalizer = f"-{self.normalizer}" if self.normalizer != "rsqrt" else ""
-        return f"{self.family}{self.degree}{power}{normalizer}"
+        return f"{self.family}{self.degree}{power}{refinements}{normalizer}"
 
     def initial_coefficients(self) -> tuple[float, ...]:
         """Returns the P + 1 uncalibrated coefficients, ascending powers of t."""
@@ -109,10 +117,13 @@ class PolyAttentionConfig:
         learnable: whether the polynomial trains with the model; frozen otherwise.
         interval: whether scores are mapped by a center and a radius per head before the polynomial.
         clamp: whether t is limited to [-1, 1].
-        key_shift: whether the center carries the key shift μ_h, one vector per head.
+        key_shift: whether rows are shifted at all: `row_shift` is not none. True is the older way to ask for linear.
+        row_shift: what moves the scores of a row to the interval: `none`, `linear` the key shift μ_h of its query, or
+            `moments` that and the mean, variance and number of its scores.
+        squares: R, squares of linear forms of the query that join the moments.
         backend: the operator's backend, `auto` or a name in `hf_polyattn.ops.BACKENDS`.
 
-    `calibrate` switches interval, clamp and key_shift on. Source: DESIGN.md, "The mathematics".
+    `calibrate` switches interval, clamp and the row shift on. Source: DESIGN.md, "The mathematics".
 
     >>> PolyAttentionConfig.from_dict(PolyAttentionConfig("poly6-l1", layers=[0, 1]).to_dict()).layers
     (0, 1)
@@ -130,6 +141,8 @@ class PolyAttentionConfig:
     clamp: bool = False
     key_shift: bool = False
     backend: str = "auto"
+    row_shift: RowShift = "none"
+    squares: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", Polynomial.parse(self.spec))
@@ -142,6 +155,15 @@ class PolyAttentionConfig:
         for name in ("cross_attention", "learnable", "interval", "clamp", "key_shift"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.row_shift not in get_args(RowShift):
+            raise SpecError(f"row_shift {self.row_shift!r} is not one of {get_args(RowShift)}")
+        if type(self.squares) is not int or not 0 <= self.squares <= MAX_SQUARES:
+            raise SpecError(f"squares must be 0..{MAX_SQUARES} directions of the query, got {self.squares!r}")
+        if self.squares and self.row_shift != "moments":
+            raise SpecError(f"squares join the moments: row_shift must be 'moments', got {self.row_shift!r}")
+        if self.key_shift and self.row_shift == "none":
+            object.__setattr__(self, "row_shift", "linear")
+        object.__setattr__(self, "key_shift", self.row_shift != "none")
         if not isinstance(self.backend, str):
             raise SpecError(f"backend must be a string, got {self.backend!r}")
 

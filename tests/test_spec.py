@@ -13,7 +13,7 @@ import pytest
 from hf_polyattn import PolyAttentionConfig, PolyAttnError, Polynomial, SpecError
 from hf_polyattn.spec import GRAMMAR, MAX_DEGREE, NORMALIZERS, POWERS
 
-LEGAL = list(itertools.product(("poly", "taylor"), range(1, MAX_DEGREE + 1), POWERS, NORMALIZERS))
+LEGAL = list(itertools.product(("poly", "taylor"), range(1, MAX_DEGREE + 1), POWERS, NORMALIZERS, (0, 1, 2)))
 
 FULL_CONFIG = PolyAttentionConfig(
     "taylor4^8-l1",
@@ -27,6 +27,8 @@ FULL_CONFIG = PolyAttentionConfig(
     interval=True,
     clamp=True,
     key_shift=True,
+    row_shift="moments",
+    squares=4,
     backend="chunked",
 )
 
@@ -187,7 +189,7 @@ def test_calibration_survives_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"degree": 3, "kernel": "x"}, r"unknown keys \['degree', 'kernel'\]; known are \['backend', .*'spec'\]"),
+        ({"degree": 3, "kernel": "x"}, r"unknown keys \['degree', 'kernel'\]; known are \['backend', .*'squares'\]"),
         ({"format_version": 2}, "format_version 2; this hf_polyattn reads 1"),
         ({"format_version": None}, "format_version None"),
         ({"spec": "poly99"}, "spec 'poly99'"),

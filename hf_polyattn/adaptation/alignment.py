@@ -24,9 +24,10 @@ from ..errors import InputError
 from ..ops.masks import band
 from ..patching.core import PolyAttention
 from ..patching.patched import patched_layers, spec_of
+from ..patching.row_shift import alpha_of, features
+from ..spec import PolyAttentionConfig
 from .capture import Observation, observing
 from .distillation import divergence_from
-from .fitting.row_shift import ALPHA
 from .teacher import check_training, teaching
 from .training import TrainingOptions, TrainingReport, TrainingState, param_groups, train
 
@@ -118,7 +119,7 @@ def _loss(
     def observer(path: str, child: PolyAttention, seen: Observation) -> None:
         if child.config.spec.normalizer != "l1":
             with torch.autocast(seen.query.device.type, enabled=False):  # a small difference of large numbers
-                residuals.append(residual(seen, ALPHA[child.config.spec.normalizer]))
+                residuals.append(residual(seen, child.config))
 
     with ExitStack() as stack:
         for path, child in layers:
@@ -127,8 +128,10 @@ def _loss(
     return divergence + penalty * torch.stack(residuals).mean()
 
 
-def residual(seen: Observation, alpha: float) -> Tensor:
+def residual(seen: Observation, config: PolyAttentionConfig) -> Tensor:
     """Returns the mean squared residual of a layer's log partition sums, nats², a differentiable float32 scalar.
+
+    It is what the row shift of the config, with weights of this batch, would leave of them.
 
     The regression is that of this batch, per head; its coefficients are held fixed, for they are optimal: the gradient
     is that of the minimum.
@@ -153,14 +156,22 @@ def residual(seen: Observation, alpha: float) -> Tensor:
         weight = weight & seen.real[:, None, rows]
     # a row that sees nothing gets finite scores, and no weight
     lse = scores.masked_fill(~(visible | (count == 0).unsqueeze(-1)), -torch.inf).logsumexp(-1)
-    y = lse - alpha * count.clamp(min=1).float().log()
-    x = torch.cat([query * seen.scaling, torch.ones_like(query[..., :1])], -1)
+    count = count.clamp(min=1).float()
+    y = lse - alpha_of(config.spec.normalizer) * count.log()
+    query = query * seen.scaling
+    x = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+    if config.row_shift == "moments":
+        mean = (scores * visible).sum(-1) / count
+        variance = ((scores - mean.unsqueeze(-1)).square() * visible).sum(-1) / count
+        x = torch.cat([x, count.log().unsqueeze(-1) * query, features(query, mean, variance, count, None)], -1)
     x = x.transpose(0, 1).flatten(1, 2)
     y, weight = (tensor.transpose(0, 1).flatten(1) for tensor in (y, weight.float()))  # (H, rows)
     with torch.no_grad():
         weighted = (x * weight.unsqueeze(-1)).double()
         gram = weighted.mT @ x.double()
-        gram = gram + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(dim + 1).to(gram)
+        gram = gram + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.shape[-1]).to(
+            gram
+        )
         solution = torch.linalg.solve(gram, weighted.mT @ y.double().unsqueeze(-1)).float()
     rest = y - (x @ solution).squeeze(-1)
     mean_square: Tensor = (rest.square() * weight).sum() / weight.sum().clamp(min=1.0)

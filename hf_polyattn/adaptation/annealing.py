@@ -22,7 +22,7 @@ from ..patching.governing import change_specs, reconfigure
 from ..patching.patched import patched_layers
 from ..spec import Polynomial
 from ..tables import format_table
-from .calibration import calibrate, fit_layers, write_fits
+from .calibration import calibrate, fit_layers, same_shift, write_fits
 from .capture import Replay, take_batches
 from .distillation import distill
 from .quality import Quality, similarity
@@ -148,7 +148,8 @@ def anneal(
         at_once = layers_at_once or len(paths)
         groups = -(-len(paths) // at_once)
         while waiting:
-            fits = fit_layers(model, Replay(model, taken, progress=progress), dict.fromkeys(waiting, spec))
+            passes = Replay(model, taken, progress=progress)
+            fits = fit_layers(model, passes, dict.fromkeys(waiting, spec), same_shift(model))
             waiting.sort(key=lambda path: sum(fits[path].report.explained_variance), reverse=True)
             turned, waiting = waiting[:at_once], waiting[at_once:]
             write_fits(model, {path: fits[path] for path in turned})
@@ -182,7 +183,9 @@ class _Snapshot:
         self.model = model
         self.specs = {path: child.config.spec for path, child in patched_layers(model)}
         child = patched_layers(model)[0][1].config
-        self.switches = {name: getattr(child, name) for name in ("interval", "clamp", "key_shift")}
+        self.switches = {
+            name: getattr(child, name) for name in ("interval", "clamp", "key_shift", "row_shift", "squares")
+        }
         self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def restore(self) -> None:

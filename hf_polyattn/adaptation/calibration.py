@@ -3,8 +3,8 @@
 Softmax runs over a few batches, every patched layer sees its own queries, keys and values and softmax's
 output, and per head three things are computed in passes over the batches:
 
-1. the key shift μ_h and an offset, by regression of the rows' log partition sums on their queries, which puts
-   all rows on one interval of scores;
+1. the row shift, by regression of the rows' log partition sums on their queries and, where that pays, on the mean,
+   variance and number of their scores, which puts all rows on one interval of scores;
 2. the top of that interval: the largest shifted score, or the largest that few rows exceed;
 3. for these tops and several widths, the coefficients: linear least squares for the fixed normalizers, the
    ratio fit for l1, scaling and squaring for powers. The interval that reproduces softmax's output best wins.
@@ -31,6 +31,7 @@ from ..spec import Polynomial
 from ..tables import format_table
 from .capture import Observation, Replay, take_batches
 from .fitting.layer import LayerFit, LayerReport, Pass
+from .fitting.predictor import PredictorChoice
 from .fitting.rows import observed_rows
 
 
@@ -61,7 +62,7 @@ class CalibrationReport:
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
-        header = ("module", "explained variance", "worst head", "scores", "interval width", "lse residual")
+        header = ("module", "explained variance", "worst head", "scores", "interval width", "lse spread → residual")
         rows = []
         for layer in self.layers:
             low = min(pair[0] for pair in layer.score_range)
@@ -74,7 +75,7 @@ class CalibrationReport:
                     f"{layer.explained_variance[worst]:.4f} (head {worst})",
                     f"{low:.1f} … {high:.1f}",
                     f"{min(layer.width):.0f} … {max(layer.width):.0f}",
-                    f"{_mean(layer.residual):.2f}",
+                    f"{_mean(layer.spread):.2f} → {_mean(layer.residual):.2f}",
                 )
             )
         verdict = "every layer fits."
@@ -95,6 +96,8 @@ def calibrate(
     spec: str | Polynomial | None = None,
     max_batches: int | None = 16,
     key_shift: bool = True,
+    row_shift: str = "auto",
+    squares: int | None = None,
     progress: bool = True,
 ) -> CalibrationReport:
     """Sets the polynomials of a patched model, in place, so that it reproduces its softmax original.
@@ -104,7 +107,10 @@ def calibrate(
         batches: model inputs, mappings or main-input tensors; padding (by `attention_mask`) is left out.
         spec: another polynomial to give to every patched layer; None fits those that the layers have.
         max_batches: how many of them to use; None for all. A few thousand tokens are enough.
-        key_shift: also fit the key shift μ_h.
+        key_shift: False is the older way to ask for row_shift="none".
+        row_shift: what moves the scores of a row: `none`, `linear` in its query, `moments` of its scores too, or
+            `auto`, what rows held out ask for. Powers stay linear under auto: they have width to spare.
+        squares: linear forms of the query whose squares join the moments; None leaves it to rows held out under auto.
         progress: show progress bars.
 
     Returns:
@@ -113,6 +119,7 @@ def calibrate(
     Raises:
         PatchError: the model is not patched.
         CalibrationError: no batches, no visible scores, or non-finite activations. The model is left as it was.
+        InputError: an unknown row_shift, or squares that do not go with it.
     """
     if not is_patched(model):
         raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
@@ -120,15 +127,27 @@ def calibrate(
         path: child.config.spec if spec is None else Polynomial.parse(spec) for path, child in patched_layers(model)
     }
     passes = Replay(model, take_batches(batches, max_batches), progress=progress)
-    fits = fit_layers(model, passes, specs, key_shift=key_shift)
-    write_fits(model, fits, key_shift=key_shift)
+    choice = choice_for(specs.values(), row_shift if key_shift else "none", squares)
+    fits = fit_layers(model, passes, specs, choice)
+    write_fits(model, fits)
     first = next(iter(fits.values()))
     return CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()))
 
 
+def choice_for(specs: Iterable[Polynomial], row_shift: str, squares: int | None) -> PredictorChoice:
+    """Returns the choice of a row shift for a model that is to have these polynomials; see `calibrate`."""
+    return PredictorChoice(row_shift, squares, worth_it=any(spec.power == 1 for spec in specs))
+
+
+def same_shift(model: nn.Module) -> PredictorChoice:
+    """Returns the choice of the row shift that a patched model has."""
+    config = patched_layers(model)[0][1].config
+    return PredictorChoice(config.row_shift, config.squares, worth_it=True)
+
+
 @torch.no_grad()
 def fit_layers(
-    model: nn.Module, passes: Replay, specs: Mapping[str, Polynomial], *, key_shift: bool = True
+    model: nn.Module, passes: Replay, specs: Mapping[str, Polynomial], choice: PredictorChoice
 ) -> dict[str, LayerFit]:
     """Returns the fits of a polynomial for each path of `specs`; the model is left as it is.
 
@@ -136,7 +155,7 @@ def fit_layers(
         CalibrationError: no visible scores, or non-finite activations.
     """
     children = dict(patched_layers(model))
-    fits = {path: LayerFit(path, children[path], spec, key_shift) for path, spec in specs.items()}
+    fits = {path: LayerFit(path, children[path], spec, choice) for path, spec in specs.items()}
     passes_of = {path: fit.passes() for path, fit in fits.items()}
     while wanted := {path: step for path, steps in passes_of.items() if (step := next(steps, None))}:
         titles = dict.fromkeys(step.title for step in wanted.values())
@@ -152,9 +171,11 @@ def _show(wanted: Mapping[str, Pass], path: str, child: PolyAttention, observati
 
 
 @torch.no_grad()
-def write_fits(model: nn.Module, fits: Mapping[str, LayerFit], *, key_shift: bool = True) -> None:
-    """Gives patched layers the polynomials that were fitted for them."""
+def write_fits(model: nn.Module, fits: Mapping[str, LayerFit]) -> None:
+    """Gives patched layers the polynomials that were fitted for them, with one predictor of the row shift."""
     change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
+    config = next(iter(fits.values())).config
+    shift = {name: getattr(config, name) for name in ("row_shift", "squares", "key_shift")}
+    reconfigure(model, interval=True, clamp=True, **shift)
     for fit in fits.values():
         fit.write()
-    reconfigure(model, interval=True, clamp=True, key_shift=key_shift)

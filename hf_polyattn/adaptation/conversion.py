@@ -25,7 +25,7 @@ from ..patching.core import is_patched
 from ..patching.patched import patched_layers
 from ..spec import Polynomial
 from ..tables import format_table
-from .calibration import fit_layers, write_fits
+from .calibration import choice_for, fit_layers, write_fits
 from .capture import Replay, take_batches
 from .fitting.layer import LayerFit
 from .quality import Quality, similarity
@@ -130,6 +130,7 @@ def convert(
     quality: Quality | None = None,
     max_batches: int = 8,
     key_shift: bool = True,
+    row_shift: str = "auto",
     progress: bool = True,
 ) -> ConversionReport:
     """Gives every layer of a patched model, in place, the cheapest spec that keeps the whole above a floor.
@@ -141,7 +142,7 @@ def convert(
         specs: to choose from; the last one is the one that loses least.
         quality: called with the model; None takes its `similarity` to softmax on the measuring batches.
         max_batches: how many batches to use.
-        key_shift: also fit the key shift.
+        key_shift, row_shift: see `calibrate`.
         progress: show progress bars.
 
     Returns:
@@ -161,7 +162,8 @@ def convert(
     held_out = max(1, len(taken) // 4)
     if quality is None:
         quality = partial(similarity, batches=taken[-held_out:])
-    search = _Search(model, dial, quality, Replay(model, taken[:-held_out], progress=progress), key_shift)
+    passes = Replay(model, taken[:-held_out], progress=progress)
+    search = _Search(model, dial, quality, passes, row_shift if key_shift else "none")
     uniform = [search.measure(dict.fromkeys(search.paths, spec)) for spec in dial]
     best = uniform[-1]
     if best.quality < floor:
@@ -198,17 +200,18 @@ class _Search:
     """The fits of every spec to every layer, and what the model is worth with some of them."""
 
     def __init__(
-        self, model: nn.Module, dial: Sequence[Polynomial], quality: Quality, passes: Replay, key_shift: bool
+        self, model: nn.Module, dial: Sequence[Polynomial], quality: Quality, passes: Replay, row_shift: str
     ) -> None:
-        self.model, self.quality, self.key_shift = model, quality, key_shift
+        self.model, self.quality = model, quality
         self.paths = [path for path, _ in patched_layers(model)]
+        choice = choice_for(dial, row_shift, None)  # one for all, as a model has one
         self.fits: dict[Polynomial, dict[str, LayerFit]] = {
-            spec: fit_layers(model, passes, dict.fromkeys(self.paths, spec), key_shift=key_shift) for spec in dial
+            spec: fit_layers(model, passes, dict.fromkeys(self.paths, spec), choice) for spec in dial
         }
 
     def write(self, specs: Mapping[str, Polynomial]) -> None:
         fits = {path: self.fits[spec][path] for path, spec in specs.items()}
-        write_fits(self.model, fits, key_shift=self.key_shift)
+        write_fits(self.model, fits)
 
     def measure(self, specs: Mapping[str, Polynomial]) -> Conversion:
         self.write(specs)

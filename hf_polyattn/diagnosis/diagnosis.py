@@ -108,7 +108,7 @@ class _LayerSums:
             measured = int(seen.real[entries, chosen].sum())
         visible = visible.expand(query.shape[0], layer.heads, -1, -1)
         scores = scaled_scores(query.to(self.dtype), key.to(self.dtype), seen.scaling)
-        t = interval_scores(layer, query.to(self.dtype), scores, seen.scaling)
+        t = interval_scores(layer, query.to(self.dtype), scores, visible, seen.scaling)
         weight, slope = weights_and_slopes(layer, t, visible)
         squares = (*softmax_squares(scores, visible), *polynomial_squares(weight, slope, visible, self._normalizer))
         # A row that sees nothing adds nothing, whatever stands in it: padding may be anything.

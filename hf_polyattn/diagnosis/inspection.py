@@ -58,11 +58,11 @@ def scaled_scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return (grouped @ key.transpose(-1, -2)).reshape(batch, heads, rows, -1) * scaling
 
 
-def interval_scores(layer: PolyAttention, query: Tensor, scores: Tensor, scaling: float) -> Tensor:
-    """Returns t = (x − center_i) / radius_h of scores (B, H, rows, Tk), before any clamp."""
+def interval_scores(layer: PolyAttention, query: Tensor, scores: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Returns t = (x − center_i) / radius_h of scores (B, H, rows, Tk) and what is visible, before any clamp."""
     config = layer.config
-    if config.key_shift:
-        scores = scores - layer.shifted_center(query, scaling).to(scores.dtype).unsqueeze(-1)
+    if config.row_shift != "none" or config.spec.refinements:
+        scores = scores - layer.centers_of(query, scores, visible, scaling).to(scores.dtype).unsqueeze(-1)
     elif config.interval:
         scores = scores - layer.center.to(scores.dtype)[:, None, None]
     return scores / layer.radius.to(scores.dtype)[:, None, None] if config.interval else scores

@@ -239,7 +239,7 @@ def _shares_outside(layer: PolyAttention, query: Tensor, key: Tensor, kwargs: di
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query[entries, :, rows.start :: rows.step].float(), key[entries].float()
-    t = interval_scores(layer, query, scaled_scores(query, key, scaling), scaling)
+    t = interval_scores(layer, query, scaled_scores(query, key, scaling), visible, scaling)
     count = visible.expand(t.shape).sum().clamp(min=1)
     return (visible & (t.abs() > 1.0)).sum() / count, (visible & (t > 1.0)).sum() / count
 

@@ -16,8 +16,18 @@ from ..patching.attention import IMPLEMENTATIONS
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES
 from ..patching.saved_config import CONFIG_KEY
+from ..spec import MAX_REFINEMENTS
 
-_TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1}
+# Dimensions of each tensor. A refinement's are below "refinements.<number>.".
+_TENSORS = {
+    **{"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1},
+    **{f"moments.{name}": 2 for name in ("weights", "length_shift", "means", "scales")},
+    **{"moments.squares": 3, "moments.lengths": 1},
+    **{f"refinements.{number}.{name}": dims
+       for number in range(MAX_REFINEMENTS)
+       for name, dims in (("coefficients", 2), ("steps", 2), ("center", 1), ("radius", 1))},
+}  # fmt: skip
+_POSITIVE = ("radius", "scales", "lengths")
 _MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each
 _AGAIN = "Download the checkpoint again (force_download=True), or calibrate the model and save it again."
 
@@ -83,8 +93,8 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
         if isinstance(module, PolyAttention)
     }
     for key, found, needed in info.mismatched_keys:
-        path = key.rpartition(".")[0]
-        if path in polynomials:
+        path, _ = _owner(key, polynomials)
+        if path is not None:
             layer = polynomials[path]
             raise CheckpointError(
                 f"{source}: tensor {key!r} has shape {tuple(found)}, but {layer.heads} heads of dim {layer.head_dim} "
@@ -93,12 +103,12 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             )
     missing = defaultdict(set)
     for key in info.missing_keys:
-        path, _, name = key.rpartition(".")
-        if path in polynomials:
+        path, name = _owner(key, polynomials)
+        if path is not None:
             missing[path].add(name)
     saved = any(getattr(module, SAVED_MODULES, None) is not None for module in model.modules())
     for path, names in sorted(missing.items()):
-        if saved or len(names) < len(_TENSORS):
+        if saved or len(names) < len(polynomials[path].state_dict()):
             raise CheckpointError(
                 f"{source}: {sorted(names)} of the polynomial {path!r} are missing, which config.json says is there. "
                 f"{_AGAIN} For a softmax checkpoint with a config written by hand, leave 'modules' out of {CONFIG_KEY}."
@@ -115,6 +125,17 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             f"{source}: attn_implementation is {implementation!r}, but there is no {CONFIG_KEY} and the model would "
             "silently be softmax. Load it with attn_implementation='sdpa' and call patch_model(model, spec)."
         )
+
+
+def _owner(key: str, polynomials: Mapping[str, PolyAttention]) -> tuple[str | None, str]:
+    """Returns the path of the polynomial that a state dict key belongs to, None if none, and the name below it."""
+    path, name = key, ""
+    while path:
+        path, _, last = path.rpartition(".")
+        name = f"{last}.{name}" if name else last
+        if path in polynomials:
+            return path, name
+    return None, key
 
 
 def _names_polynomials(config: PreTrainedConfig) -> bool:
@@ -160,8 +181,8 @@ def _check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         value = tensor.float()
         if not value.isfinite().all():
             raise CheckpointError(f"{source}: tensor {key!r} has NaN or infinite values. {_AGAIN}")
-        if name == "radius" and not (value > 0).all():
-            raise CheckpointError(f"{source}: tensor {key!r} has values <= 0; a radius is positive. {_AGAIN}")
+        if name.endswith(_POSITIVE) and not (value > 0).all():
+            raise CheckpointError(f"{source}: tensor {key!r} has values <= 0; it must be positive. {_AGAIN}")
 
 
 def _refuse_softmax(model: Any, unexpected_keys: Iterable[str], source: str) -> None:

@@ -21,11 +21,11 @@ _LEFT_OUT = shutil.ignore_patterns("cpu", "tune.py", "__pycache__")
 
 _INIT = '''"""Polynomial attention: the operator of hf_polyattn, by Triton on NVIDIA GPUs and by PyTorch elsewhere."""
 
-from .ops import BACKENDS, packed_ranges, polynomial_attention
+from .ops import BACKENDS, packed_ranges, polynomial_attention, score_moments
 
 BACKENDS.pop("cpu", None)  # C++, not in a universal build; pip install hf_polyattn has it
 
-__all__ = ["BACKENDS", "packed_ranges", "polynomial_attention"]
+__all__ = ["BACKENDS", "packed_ranges", "polynomial_attention", "score_moments"]
 '''
 _README = f"""---
 library_name: kernels

@@ -1,6 +1,6 @@
 """Polynomial attention for one checkpoint, without the package that made it: torch and transformers only.
 
-    t_ij  = (scaling · q_i·k_j − center_i) / radius_h    center_i = c_h + scaling · q_i·μ_h ; with clamp: in [−1, 1]
+    t_ij  = (scaling · q_i·k_j − center_i) / radius_h    center_i = c_h + s_i, see `shift` ; with clamp: in [−1, 1]
     w_ij  = m_ij · p_h(t_ij)^s                           p_h(t) = Σ_k c_hk t^k ; m_ij ∈ {0,1} visible
     out_i = r_i · Σ_j w_ij v_j                           r_i = n_i^(-1/2) rsqrt | 1/n_i mean | 1 none | 1/Σ_j |w_ij| l1
 
@@ -31,6 +31,18 @@ EPSILON = 1e-37
 FIX = "pip install hf_polyattn, and import it before loading this model."
 
 
+class _Tensors(nn.Module):
+    """Named parameters of given shapes."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
 class PolyAttention(nn.Module):
     """The polynomial of one attention module, as `hf_polyattn.patching.core.PolyAttention` saves it.
 
@@ -45,16 +57,34 @@ class PolyAttention(nn.Module):
 
     def __init__(self, spec: str, heads: int, head_dim: int, settings: dict[str, Any]) -> None:
         super().__init__()
-        match = re.fullmatch(r"(?:poly|taylor)([1-8])(?:\^(1|2|4|8|16|32))?(?:-(rsqrt|mean|none|l1))?", spec)
+        match = re.fullmatch(
+            r"(?:poly|taylor)([1-8])(?:\^(1|2|4|8|16|32))?(?:~([12]))?(?:-(rsqrt|mean|none|l1))?", spec
+        )
         if match is None:
             raise ValueError(f"this file does not know the polynomial {spec!r}. {FIX}")
-        self.power, self.normalizer = int(match[2] or 1), match[3] or "rsqrt"
+        self.power, self.normalizer = int(match[2] or 1), match[4] or "rsqrt"
         self.interval, self.clamp, self.key_shifted = (settings[name] for name in ("interval", "clamp", "key_shift"))
+        # n_i^(−alpha) is the row scale, and the row sum of a refinement has the same
+        self.alpha = {"rsqrt": 0.5, "mean": 1.0}.get(self.normalizer, 0.0)
         rows = heads if settings["granularity"] == "head" else 1
         self.coefficients = nn.Parameter(torch.empty(rows, int(match[1]) + 1, dtype=torch.float32))
         self.center = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
         self.register_buffer("radius", torch.empty(heads, dtype=torch.float32))
+        squares = settings.get("squares", 0)
+        self.moments = None
+        if settings.get("row_shift") == "moments":
+            self.moments = _Tensors(
+                weights=(heads, 8 + squares), means=(heads, 8 + squares), scales=(heads, 8 + squares), lengths=(2,),
+                length_shift=(heads, head_dim), squares=(heads, squares, head_dim),
+            )  # fmt: skip
+        shapes = {
+            "coefficients": (rows, int(match[1]) + 1),
+            "steps": (heads, 5),
+            "center": (heads,),
+            "radius": (heads,),
+        }
+        self.refinements = nn.ModuleList(_Tensors(**shapes) for _ in range(int(match[3] or 0)))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, dropout: float
@@ -70,15 +100,21 @@ class PolyAttention(nn.Module):
     def _rows(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, dropout: float
     ) -> Tensor:
-        t = query @ key.transpose(-1, -2) * scaling
-        if self.key_shifted:
-            t = t - scaling * (query @ self.key_shift.to(query.dtype).unsqueeze(-1))
-        if self.interval:
-            t = (t - self.center[:, None, None]) / self.radius[:, None, None]
-        elif self.key_shifted:
-            t = t - self.center[:, None, None]
+        scores = query @ key.transpose(-1, -2) * scaling
+        n = scores.new_full((), scores.shape[-1]) if visible is None else visible.sum(-1, keepdim=True).to(scores.dtype)
+        n = n.clamp(min=1)
+        center = self._center(query * scaling, scores, visible, n)
+        w = self._weights(scores, center, self.radius if self.interval else None, self.coefficients, visible)
+        w = w / (EPSILON + w.abs().sum(-1, keepdim=True)) if self.normalizer == "l1" else w * n**-self.alpha
+        return nn.functional.dropout(w, dropout, training=dropout > 0.0) @ value
+
+    def _weights(
+        self, scores: Tensor, center: Tensor, radius: Tensor | None, coefficients: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        t = scores - center
+        t = t if radius is None else t / radius[:, None, None]
         t = t.clamp(-1.0, 1.0) if self.clamp else t
-        c = self.coefficients[:, :, None, None]
+        c = coefficients[:, :, None, None]
         w = torch.zeros_like(t) + c[:, -1]
         for k in range(c.shape[1] - 2, -1, -1):
             w = w * t + c[:, k]
@@ -86,12 +122,34 @@ class PolyAttention(nn.Module):
             w = w.masked_fill(~visible, 0.0)
         for _ in range(self.power.bit_length() - 1):
             w = w * w
-        if self.normalizer == "l1":
-            w = w / (EPSILON + w.abs().sum(-1, keepdim=True))
-        elif self.normalizer != "none":
-            n = w.new_full((), w.shape[-1]) if visible is None else visible.sum(-1, keepdim=True).to(w.dtype)
-            w = w * n.clamp(min=1) ** (-0.5 if self.normalizer == "rsqrt" else -1.0)
-        return nn.functional.dropout(w, dropout, training=dropout > 0.0) @ value
+        return w
+
+    def _center(self, query: Tensor, scores: Tensor, visible: Tensor | None, n: Tensor) -> Tensor:
+        """Returns where each row's interval lies: the key shift, the moments of the row, its refinements."""
+        if not (self.key_shifted or self.refinements):
+            return self.center[:, None, None] if self.interval else scores.new_zeros(())
+        center = self.center[:, None, None] + query @ self.key_shift.to(query.dtype).unsqueeze(-1)
+        if self.moments is not None:
+            p = self.moments
+            seen = scores if visible is None else scores.masked_fill(~visible, 0.0)
+            m = seen.sum(-1, keepdim=True) / n
+            v = scores - m if visible is None else (scores - m).masked_fill(~visible, 0.0)
+            v = v.square().sum(-1, keepdim=True) / n
+            known = n.clamp(p.lengths[0], p.lengths[1]).expand_as(m)
+            listed = [m, v, m * m, m * v, v**2, v**3, known.log(), 1.0 / known]
+            features = torch.cat([*listed, (query @ p.squares.transpose(-1, -2)).square()], -1)
+            learned = ((features - p.means[:, None]) * (p.weights / p.scales)[:, None]).sum(-1, keepdim=True)
+            by_length = (known.log() - p.means[:, None, 6:7]) * (query @ p.length_shift.unsqueeze(-1))
+            center = center + m + v / 2.0 + (1.0 - self.alpha) * n.log() + learned + by_length
+        r: Any
+        for r in self.refinements:
+            w = self._weights(scores, center + r.center[:, None, None], r.radius, r.coefficients, visible)
+            z = (w.sum(-1, keepdim=True) * n**-self.alpha).clamp(0.2, 5.0) - 1.0
+            g = torch.zeros_like(z)
+            for k in range(4, -1, -1):
+                g = g * z + r.steps[:, k, None, None]
+            center = center + g
+        return center
 
     def _apply(self, fn: Any, recurse: bool = True) -> PolyAttention:
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def _of_prefixes(q: Tensor, k: Tensor, visible: Tensor | None) -> tuple[Tensor, 
 def _of_scores(q: Tensor, k: Tensor, pattern: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Returns the moments of any rows, from all their scores."""
     heads, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
-    grouped = q.unflatten(1, (k.shape[1], heads // k.shape[1]))
+    grouped = q.reshape(q.shape[0], k.shape[1], heads // k.shape[1], q_len, q.shape[3])
     scores = (grouped @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
     hidden = _hidden(q_len, k_len, q.device, **pattern)
     n = visible_keys(q_len, k_len, q.device, **pattern)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from ..ops import polynomial_attention
+from ..ops import polynomial_attention, score_moments
 from ..ops.api import autocast_inputs
 from ..ops.call import compute_dtype
+from ..ops.masks import visible_keys
 from ..spec import PolyAttentionConfig, Polynomial
+from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
 CHILD_NAME = "polyattn"
 
@@ -22,17 +24,20 @@ CHILD_NAME = "polyattn"
 class PolyAttention(nn.Module):
     """The polynomial of one attention module: coefficients, score interval and key shift of each head.
 
-    t_ij = (x_ij − center_h − scaling · q_i·μ_h) / radius_h, in the units of the scaled scores x.
+    t_ij = (x_ij − center_h − s_i) / radius_h, in the units of the scaled scores x, with the row shift s_i = scaling ·
+    q_i·μ_h, what `row_shift.MomentShift` adds to it, and its refinements.
 
     Attributes:
         coefficients: Parameter (H, P + 1), or (1, P + 1) with granularity `layer`; ascending powers of t.
         center: Parameter (H,); used once `config.interval` is set.
         key_shift: Parameter (H, D), μ_h; used once `config.key_shift` is set.
         radius: buffer (H,), positive; used once `config.interval` is set.
+        moments: a `MomentShift` where `config.row_shift` is moments.
+        refinements: a `Refinement` for each that the spec asks for.
         config: the `PolyAttentionConfig` this module was made from; replaced by calibration.
         observer: while set, the module's attention runs softmax and the observer sees its inputs and output.
 
-    All four tensors stay float32 when the model is cast to a lower precision.
+    All tensors stay float32 when the model is cast to a lower precision.
 
     Args:
         config: what to be.
@@ -45,6 +50,8 @@ class PolyAttention(nn.Module):
     center: nn.Parameter
     key_shift: nn.Parameter
     radius: Tensor
+    moments: MomentShift | None
+    refinements: nn.ModuleList | None
 
     def __init__(
         self, config: PolyAttentionConfig, heads: int, head_dim: int, device: torch.device | str | None = None
@@ -61,20 +68,35 @@ class PolyAttention(nn.Module):
         self.center = nn.Parameter(torch.empty(heads, **options))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, **options))
         self.register_buffer("radius", torch.empty(heads, **options))
+        self.moments = self.refinements = None
         self.configure(config)
         self.reset_parameters()
 
     def configure(self, config: PolyAttentionConfig) -> None:
         """Replaces the config and freezes the parameters that it does not use or does not train."""
         self.config = config
+        self._fit_row_shift()
         self.coefficients.requires_grad_(config.learnable)
         self.center.requires_grad_(config.learnable and config.interval)
         self.key_shift.requires_grad_(config.learnable and config.key_shift)
+        for part in (self.moments, self.refinements):
+            if part is not None:
+                part.requires_grad_(config.learnable)
+
+    def _fit_row_shift(self) -> None:
+        """Makes the parts of the row shift that the config asks for, of its sizes, and drops the others."""
+        rows, device = self.coefficients.shape[0], self.center.device
+        wanted = shift_modules(self.config, rows, self.heads, self.head_dim, device)
+        for name in ("moments", "refinements"):
+            current, part = getattr(self, name), wanted.get(name)
+            if part is None or current is None or _sizes(part) != _sizes(current):
+                setattr(self, name, part)
 
     def change_spec(self, spec: Polynomial) -> None:
         """Takes another polynomial, uncalibrated; center, radius and key shift stay as they are."""
         rows, trained = self.coefficients.shape[0], self.coefficients.requires_grad
         self.config = replace(self.config, spec=spec)
+        self._fit_row_shift()
         self.coefficients = nn.Parameter(self.coefficients.new_empty(rows, spec.degree + 1), requires_grad=trained)
         self._reset_coefficients()
 
@@ -90,6 +112,9 @@ class PolyAttention(nn.Module):
         self.center.zero_()
         self.key_shift.zero_()
         self.radius.fill_(1.0)
+        for part in (self.moments, *(self.refinements or ())):
+            if part is not None:
+                part.reset_parameters()
 
     def forward(
         self,
@@ -113,19 +138,16 @@ class PolyAttention(nn.Module):
                 "unpatch the model before changing its heads"
             )
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
+        pattern["scaling"] = scaling
         center: Tensor | float = self.center if config.interval else 0.0
-        if config.key_shift:
-            center = self.shifted_center(query, scaling)
-        output: Tensor | tuple[Tensor, Tensor] = polynomial_attention(  # type: ignore[call-overload,misc]
+        if config.row_shift != "none" or self.refinements:
+            center = self.row_centers(query, key, **pattern)
+        output: Tensor | tuple[Tensor, Tensor] = polynomial_attention(  # type: ignore[call-overload]
             query,
             key,
             value,
             self.coefficients,
-            mask=mask,
-            ranges=ranges,
-            causal=causal,
-            window=window,
-            scaling=scaling,
             power=config.spec.power,
             normalizer=config.spec.normalizer,
             center=center,
@@ -135,8 +157,85 @@ class PolyAttention(nn.Module):
             dropout=dropout,
             backend=config.backend,
             return_weights=return_weights,
+            **pattern,
         )
         return output
+
+    def row_centers(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        mask: Tensor | None = None,
+        ranges: Tensor | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        scaling: float,
+    ) -> Tensor:
+        """Returns center_h + s_i, (B, H, Tq), float32 (float64 for float64 queries); arguments as of `forward`."""
+        pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
+        center = self.shifted_center(query, scaling)
+        alpha = alpha_of(self.config.spec.normalizer)
+        moments = self.moments
+        if moments is not None:
+            count = visible_keys(query.shape[2], key.shape[2], query.device, **pattern)
+            backend = self.config.backend
+            mean, variance = score_moments(query, key, scaling=scaling, backend=backend, **pattern)
+            (rounded,) = autocast_inputs(query)
+            with torch.autocast(device_type=query.device.type, enabled=False):
+                center = center + moments(scaling * rounded.to(center.dtype), mean, variance, count, alpha)
+        for part in self._refinements():
+            center = center + part.step(self._row_sum(part, query, key, center, pattern | {"scaling": scaling}))
+        return center
+
+    def _refinements(self) -> Iterator[Refinement]:
+        for part in self.refinements or ():
+            assert isinstance(part, Refinement)
+            yield part
+
+    def centers_of(self, query: Tensor, scores: Tensor, visible: Tensor, scaling: float) -> Tensor:
+        """Returns what `row_centers` does, for chosen rows whose scores are at hand.
+
+        Args:
+            query: (B, H, rows, D), float32 or float64.
+            scores: scaled, (B, H, rows, Tk).
+            visible: bool, broadcastable to them.
+            scaling: of the scores.
+        """
+        spec = self.config.spec
+        center, alpha = self.shifted_center(query, scaling), alpha_of(spec.normalizer)
+        count = visible.sum(-1).clamp(min=1)
+        moments = self.moments
+        if moments is not None:
+            mean = scores.masked_fill(~visible, 0.0).sum(-1) / count
+            variance = (scores - mean.unsqueeze(-1)).masked_fill(~visible, 0.0).square().sum(-1) / count
+            center = center + moments(scaling * query, mean, variance, count, alpha)
+        for part in self._refinements():
+            t = scores - (center + part.center.to(center.dtype)[:, None]).unsqueeze(-1)
+            t = t / part.radius.to(t.dtype)[:, None, None]
+            w = evaluate(spec, part.coefficients, t.clamp(-1.0, 1.0) if self.config.clamp else t)
+            row_sum = w.masked_fill(~visible, 0.0).sum(-1) * count.to(t.dtype) ** -alpha
+            center = center + part.step(row_sum)
+        return center
+
+    def _row_sum(self, part: Refinement, query: Tensor, key: Tensor, center: Tensor, pattern: dict[str, Any]) -> Tensor:
+        """Returns r_i Σ_j p(t_ij) of a refinement's polynomial, (B, H, Tq), in the dtype of the centers."""
+        spec = self.config.spec
+        with torch.autocast(device_type=query.device.type, enabled=False):
+            output: Tensor = polynomial_attention(
+                query,
+                key,
+                key.new_ones(*key.shape[:3], 1),
+                part.coefficients,
+                power=spec.power,
+                normalizer="none" if spec.normalizer == "l1" else spec.normalizer,
+                center=center + part.center.to(center.dtype)[:, None],
+                radius=part.radius,
+                clamp=self.config.clamp,
+                backend=self.config.backend,
+                **pattern,
+            )
+        return output.squeeze(-1).transpose(1, 2).to(center.dtype)
 
     def _is_monomial(self) -> bool:
         """Whether only the highest coefficients are non-zero and no other gets a gradient: kernels then skip them.
@@ -182,8 +281,13 @@ class PolyAttention(nn.Module):
         """Returns the spec, the sizes and what the config switches on."""
         config = self.config
         parts = [f"{config.spec}", f"heads={self.heads}", f"head_dim={self.head_dim}"]
-        parts += [name for name in ("interval", "clamp", "key_shift") if getattr(config, name)]
+        parts += [name for name in ("interval", "clamp") if getattr(config, name)]
+        parts += [f"row_shift={config.row_shift}"] if config.row_shift != "none" else []
         return ", ".join(parts)
+
+
+def _sizes(part: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in part.state_dict().items()}
 
 
 def is_patched(model: nn.Module) -> bool:

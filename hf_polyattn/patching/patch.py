@@ -164,7 +164,9 @@ def _require_same(root: PreTrainedModel, sites: list[AttentionSite], config: Pol
         patched = CHILD_NAME in site.module._modules
         current = active_child(site.module).config if patched else None
         if asked is not None and current is not None:
-            calibrated = {name: getattr(current, name) for name in ("interval", "clamp", "key_shift")}
+            calibrated = {
+                name: getattr(current, name) for name in ("interval", "clamp", "key_shift", "row_shift", "squares")
+            }
             if current in (asked, dataclasses.replace(asked, **calibrated)):
                 continue
         if (asked or current) is not None:

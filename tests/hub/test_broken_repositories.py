@@ -160,7 +160,7 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
     "shard-anywhere": (sharded("/etc/shadow.safetensors"), CHECKPOINT, "'/etc/shadow.safetensors', outside"),
     "nan-coefficient": (fill("coefficients", float("nan")), CHECKPOINT, rf"model.safetensors.*{FIRST}.coef.*has NaN"),
     "inf-radius": (fill("radius", float("inf")), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*has NaN or inf"),
-    "zero-radius": (fill("radius", 0.0), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*a radius is positive"),
+    "zero-radius": (fill("radius", 0.0), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*must be positive"),
     "nan-center": (fill("center", float("nan")), CHECKPOINT, rf"{FIRST}.center.*has NaN"),
     "nan-key-shift": (fill("key_shift", float("nan")), CHECKPOINT, rf"{FIRST}.key_shift.*has NaN"),
     "integers": (reshape("center", Tensor.int), CHECKPOINT, "center.*int32.*must be floating point"),

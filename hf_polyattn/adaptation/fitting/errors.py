@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...patching.row_shift import evaluate
 from ...spec import PolyAttentionConfig, Polynomial
 from .interval import Intervals
 from .rows import Rows
@@ -59,7 +60,8 @@ class MeasuredErrors:
         """Adds rows."""
         target = self.target.see(rows)
         for candidate in range(len(self.intervals)):
-            w = self._weights(self.intervals.arguments(shifted, candidate), candidate) * rows.visible
+            t = self.intervals.arguments(shifted, candidate)
+            w = evaluate(self.spec, self.coefficients[candidate], t) * rows.visible
             if self.spec.normalizer == "l1":
                 scale = 1.0 / w.abs().sum(-1).clamp(min=1e-37)
             else:
@@ -67,16 +69,6 @@ class MeasuredErrors:
             out = (rows.apply(w) * (scale * rows.weight).unsqueeze(-1)).double()
             self.product[candidate] += (out * target).sum((0, 2, 3))
             self.output_square[candidate] += out.square().sum((0, 2, 3))
-
-    def _weights(self, t: Tensor, candidate: int) -> Tensor:
-        """Returns p(t)^s."""
-        c = self.coefficients[candidate].float()[:, None, None, :]
-        w = torch.zeros_like(t)
-        for k in range(c.shape[-1] - 1, -1, -1):
-            w = w * t + c[..., k]
-        for _ in range(self.spec.power.bit_length() - 1):
-            w = w * w
-        return w
 
     def errors(self) -> Tensor:
         """Returns Σ‖out_i − o_i‖², (C, H)."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...errors import CalibrationError
 from ...patching.core import PolyAttention
-from ...spec import Polynomial
+from ...patching.row_shift import Refinement, alpha_of
+from ...spec import PolyAttentionConfig, Polynomial
 from .coefficients import CoefficientFit, See, fit_of
 from .errors import comparable
 from .interval import ScoreRange, take
-from .row_shift import ALPHA, RowShift
+from .predictor import PredictorChoice
+from .refinement import FittedRefinement
+from .row_shift import RowShift
 from .rows import Rows
 
 MAX_ROWS = 2048  # query rows a layer that the coefficients are fitted to
@@ -29,7 +32,8 @@ class LayerReport:
         score_range: per head, smallest and largest score x seen, before the shift.
         interval: per head, the interval of shifted scores that the polynomial covers.
         width: per head, of that interval, nats.
-        residual: per head, standard deviation of the log partition sums after the key shift, nats.
+        residual: per head, standard deviation of what the row shift leaves of the log partition sums, nats.
+        spread: per head, their standard deviation before.
     """
 
     path: str
@@ -38,6 +42,7 @@ class LayerReport:
     interval: tuple[tuple[float, float], ...]
     width: tuple[float, ...]
     residual: tuple[float, ...]
+    spread: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +67,21 @@ class LayerFit:
         path: of the attention module.
         child: its `PolyAttention`.
         spec: the polynomial to fit.
-        key_shift: whether to fit the key shift.
+        choice: of the predictor of the row shift, for all layers of the model.
 
     Attributes:
-        config: the child's, with the spec.
+        config: the child's, with the spec and, once the passes are over, the row shift.
         report: once the passes are over.
     """
 
     report: LayerReport
 
-    def __init__(self, path: str, child: PolyAttention, spec: Polynomial, key_shift: bool) -> None:
-        self.path, self.child = path, child
+    def __init__(self, path: str, child: PolyAttention, spec: Polynomial, choice: PredictorChoice) -> None:
+        self.path, self.child, self.choice = path, child, choice
         self.config = replace(child.config, spec=spec)
-        self.shift = RowShift(
-            child.heads,
-            child.head_dim,
-            ALPHA[spec.normalizer],
-            key_shift=key_shift,
-            device=child.coefficients.device,
-        )
+        self.shift = RowShift(child.heads, child.head_dim, alpha_of(spec.normalizer), child.coefficients.device)
+        self.refinements: list[FittedRefinement] = []
+        choice.shifts.append(self.shift)
 
     @property
     def count(self) -> int:
@@ -93,23 +94,59 @@ class LayerFit:
         Raises:
             CalibrationError: fewer than two rows.
         """
-        yield Pass("key shift", self.shift.see)
+        yield Pass("row shift", self.shift.see)
         if self.count < 2:
             raise CalibrationError(f"layer {self.path!r} saw {self.count} query rows that are not padding; give more")
-        self.shift.solve()
-        scores = ScoreRange(self.config.spec, self.child.heads, self.count, self.child.coefficients.device)
-        yield Pass("score range", self._shifted(scores.see))
-        fit = fit_of(self.config, scores.intervals())
-        for title, see in fit.passes():
-            yield Pass(title, self._shifted(see), stride=max(1, self.count // MAX_ROWS))
-        self._choose(fit, scores)
+        predictor = self.choice.first()
+        if predictor.squares:
+            self.shift.solve(replace(predictor, squares=0))
+            directions = self.shift.directions(predictor.squares)
+            yield Pass("squares", directions.see)
+            self.shift.take_squares(directions.solve())
+            yield Pass("row shift with squares", self.shift.see)
+            predictor = self.choice.last()
+        self.shift.solve(predictor)
+        squares = self.shift.squares.shape[1]
+        self.config = replace(
+            self.config, row_shift=predictor.kind, squares=squares, key_shift=predictor.kind != "none"
+        )
+
+        spec = self.config.spec
+        summed = replace(spec, normalizer="none") if spec.normalizer == "l1" else spec
+        for number in range(1, spec.refinements + 1):
+            fit = yield from self._fit(replace(self.config, spec=summed), f"refinement {number}: ")
+            best = _best(fit, self.config)
+            refinement = FittedRefinement(summed, fit.intervals.take(best), take(fit.coefficients, best)[0], self.shift)
+            yield Pass(f"refinement {number}", self._shifted(refinement.see))
+            refinement.solve()
+            self.refinements.append(refinement)
+        fit = yield from self._fit(self.config, "")
+        self._choose(fit)
+
+    def _fit(self, config: PolyAttentionConfig, title: str) -> Generator[Pass, None, CoefficientFit]:
+        """Yields the passes of a fit at the shift as it is now, and returns it."""
+        self._scores = ScoreRange(config.spec, self.child.heads, self.count, self.child.coefficients.device)
+        yield Pass(f"{title}score range", self._shifted(self._scores.see))
+        fit = fit_of(config, self._scores.intervals())
+        for step, see in fit.passes():
+            yield Pass(f"{title}{step}", self._shifted(see), stride=max(1, self.count // MAX_ROWS))
+        return fit
 
     def _shifted(self, see: See) -> Callable[[Rows], None]:
-        return lambda rows: see(rows, rows.scores - self.shift.of(rows).unsqueeze(-1))
+        refinements = tuple(self.refinements)
 
-    def _choose(self, fit: CoefficientFit, scores: ScoreRange) -> None:
+        def show(rows: Rows) -> None:
+            shifted = rows.scores - self.shift.of(rows).unsqueeze(-1)
+            for refinement in refinements:
+                shifted = shifted - refinement.of(rows, shifted).unsqueeze(-1)
+            see(rows, shifted)
+
+        return show
+
+    def _choose(self, fit: CoefficientFit) -> None:
         """Takes the candidate of each head with the smallest error, and reports it."""
-        best = comparable(fit.errors, self.config).argmin(0, keepdim=True)
+        best, scores = _best(fit, self.config), self._scores
+        residual = (self.refinements[-1] if self.refinements else self.shift).residual
 
         def chosen(of_candidates: Tensor) -> Tensor:
             return take(of_candidates, best)[0]
@@ -123,12 +160,21 @@ class LayerFit:
             score_range=tuple(zip(scores.lowest.tolist(), scores.highest.tolist(), strict=True)),
             interval=tuple(zip((self.top - self.width).tolist(), self.top.tolist(), strict=True)),
             width=tuple(self.width.tolist()),
-            residual=tuple(self.shift.residual.tolist()),
+            residual=tuple(residual.tolist()),
+            spread=tuple(self.shift.spread.tolist()),
         )
 
     def write(self) -> None:
-        """Copies what was chosen into the module."""
+        """Copies what was chosen into the module, which has the config."""
         radius = self.width / 2.0
         self.child.coefficients.copy_(self.coefficients[: self.child.coefficients.shape[0]])
         self.child.radius.copy_(radius)
         self.shift.write(self.child, self.top, radius)
+        for fitted, module in zip(self.refinements, self.child.refinements or (), strict=True):
+            assert isinstance(module, Refinement)
+            fitted.write(module, self.top, radius)
+
+
+def _best(fit: CoefficientFit, config: PolyAttentionConfig) -> Tensor:
+    """Returns the candidate of each head with the smallest error, (1, H)."""
+    return comparable(fit.errors, config).argmin(0, keepdim=True)

@@ -44,6 +44,12 @@ class Rows:
         lse = self.scores.masked_fill(self.visible == 0.0, -torch.inf).logsumexp(-1)
         return lse.masked_fill(self.weight == 0.0, 0.0)
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the variance of the visible scores, (b, H, Tq) each."""
+        mean = self.scores.sum(-1) / self.count
+        centered = (self.scores - mean.unsqueeze(-1)) * self.visible
+        return mean, centered.square().sum(-1) / self.count
+
     def fixed_scale(self, normalizer: str) -> Tensor:
         """Returns r_i of a normalizer that does not look at the scores, (b, 1 or H, Tq)."""
         if normalizer == "rsqrt":
