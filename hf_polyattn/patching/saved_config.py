@@ -51,6 +51,10 @@ def read_state(state: Any, source: str) -> PolyAttentionConfig:
         raise SpecError(f"{source}: cannot read {CONFIG_KEY}: {reason}") from None
 
 
+# Fields that version 1 did not have.
+_SINCE_2 = {"row_shift", "squares"}
+
+
 def install_on_configs(configuration_utils: Any) -> None:
     """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file."""
     config_class = configuration_utils.PreTrainedConfig
@@ -81,7 +85,7 @@ def _read(state: Any) -> PolyAttentionConfig:
     if "modules" not in state:
         return config
     needed = {*_SAVED, *(field.name for field in fields(PolyAttentionConfig))}
-    missing = sorted(needed - state.keys())
+    missing = sorted(needed - state.keys() - (_SINCE_2 if state.get("format_version") == 1 else set()))
     if missing:
         raise SpecError(f"it lacks {missing}, which a saved model has. Save the model again with save_pretrained.")
     if not isinstance(state["softmax_implementation"], str):

@@ -100,7 +100,7 @@ def test_closed_forms_are_the_norms_of_the_operators_weights_and_jacobian(spec: 
         return output.transpose(1, 2)
 
     with torch.no_grad():
-        t = interval_scores(layer, scores, scores, 1.0)
+        t = interval_scores(layer, scores, scores, visible, 1.0)
         weight, slope = weights_and_slopes(layer, t, visible)
         squares, steep = polynomial_squares(weight, slope, visible, config.spec.normalizer)
         without_clamp = weights_and_slopes(layer, t.clamp(-1.0, 1.0), visible)[1]
