@@ -12,7 +12,7 @@ from ...spec import RowShift as RowShiftKind
 from .row_shift import Predictor, RowShift
 
 KINDS = ("auto", "none", "linear", "moments")
-SQUARES = 16  # that are tried
+SQUARES = 8  # that are tried
 GAIN = 0.95  # of the residual, that a costlier predictor has to reach
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from .rows import Rows
 from .solves import solve
 
 _RIDGE = 1e-6
+# Of the weight of all rows, that holds the step to log S where rows are few: a polynomial of degree 4 runs away there.
+_PRIOR = 0.02
 
 
 class FittedRefinement:
@@ -54,7 +58,10 @@ class FittedRefinement:
 
     def solve(self) -> None:
         """Solves for the step."""
-        self.steps = solve(self._gram, self._moment, ridge=_RIDGE)
+        s = torch.logspace(*(math.log10(end) for end in ROW_SUMS), 32, dtype=torch.float64, device=self._gram.device)
+        x = (s.unsqueeze(-1) - 1.0) ** torch.arange(STEPS, device=s.device) * (_PRIOR * self._count / len(s)) ** 0.5
+        y = s.log() * (_PRIOR * self._count / len(s)) ** 0.5
+        self.steps = solve(self._gram + x.T @ x, self._moment + x.T @ y, ridge=_RIDGE)
         explained = (self.steps * (2.0 * self._moment - (self._gram @ self.steps.unsqueeze(-1)).squeeze(-1))).sum(-1)
         self.residual = ((self._square - explained) / self._count).clamp(min=0.0).sqrt()
 
