@@ -57,6 +57,18 @@ def test_alignment_and_annealing_are_part_of_the_budget(run: Run, stories: list[
     assert {str(layer.config.spec) for _, layer in patched_layers(model)} == {"poly3"}
 
 
+def test_arms_that_are_only_calibrated_take_no_step_of_any_kind(
+    run: Run, stories: list[str], told: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    words = "--spec poly3 poly6-l1 --calibrate_only poly3 --max_steps 4 --align_steps 1 --layer_steps 1 --anneal "
+    words += "poly3-l1 --anneal_steps 1 --per_device_train_batch_size 4"
+    arms = run("causal_lm", tmp_path / "run", *stories, *words.split())["arms"]
+    spent = {spec: (arm["spent"]["steps_before"], arm["spent"]["steps"]) for spec, arm in arms.items()}
+    assert spent == {"poly3": (0, 0), "poly6-l1": (1, 3)}
+    stages = arms["poly3"]["stages"]
+    assert stages["finetuned"] == stages["calibrated"] == told[1]["arms"]["poly3"]["stages"]["calibrated"]
+
+
 def test_dropout_is_that_of_the_run_and_not_saved(run: Run, molecules: list[str], tmp_path: Path) -> None:
     words = ["--spec", "poly3", "--max_steps", "2", "--per_device_train_batch_size", "4", "--seed", "1"]
     arms = {}

@@ -30,6 +30,9 @@ BAD = {
     "ladder-beyond-the-budget": ("--anneal poly3-l1", "are part of the budget: set --max_steps, now 1, to 100 or more"),
     "ladder-to-a-bare-monomial": ("--adapt none --align_steps 1", "do not go with --adapt none"),
     "ladder-with-adapters": ("--lora_rank 2 --align_steps 1", "do not go with --lora_rank"),
+    "bare-and-matched": ("--adapt none --layer_steps 1", "do not go with --adapt none"),
+    "unknown-polynomial-to-calibrate": ("--calibrate_only poly9", "poly9"),
+    "held-out-split-that-is-trained-on": ("--eval_split train", "the held-out rows would be the training rows"),
     "no-model": ("--model ../shared/nowhere", "nowhere"),
 }
 
@@ -41,6 +44,17 @@ def test_bad_input_is_named_in_a_line(run: Run, stories: list[str], tmp_path: Pa
         run("causal_lm", tmp_path / "out", *stories, "--spec", "poly3", "--max_steps", "1", *words.split())
     assert str(stop.value).startswith("error: ")
     assert not (tmp_path / "out/all_results.json").exists()
+
+
+@pytest.mark.parametrize("splits", ["", "--eval_split train", "--train_split train[:50%]"])
+def test_file_whose_rows_would_be_both_trained_and_measured_on_is_refused(
+    run: Run, stories: list[str], tmp_path: Path, splits: str
+) -> None:
+    words = [*stories, "--dataset", bad_rows(tmp_path, text=["once upon a time"] * 9), *splits.split()]
+    if splits.endswith("]"):
+        words += ["--eval_split", "train[:50%]"]
+    with pytest.raises(SystemExit, match="the held-out rows would be the training rows; set --eval_dataset"):
+        run("causal_lm", tmp_path / "out", *words, "--spec", "poly3", "--max_steps", "1")
 
 
 @pytest.mark.parametrize(
