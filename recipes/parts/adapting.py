@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import hf_polyattn
 
-from .arguments import FinetuningArguments
+from .arguments import FinetuningArguments, has_row_sum
 from .task import Task
 
 
@@ -35,9 +35,10 @@ def adapt(
                 progress=progress,
             )
     if arguments.anneal:
+        longest = max(arguments.anneal_steps, arguments.calibration_batches)
         hf_polyattn.anneal(
             model,
-            list(islice(_batches(task, arguments, arguments.train_batch_size), arguments.anneal_steps)),
+            list(islice(_batches(task, arguments, arguments.train_batch_size), longest)),
             arguments.anneal,
             steps=arguments.anneal_steps,
             calibration_batches=arguments.calibration_batches,
@@ -46,7 +47,7 @@ def adapt(
     rows = _batches(task, arguments, arguments.per_device_eval_batch_size)
     batches = list(islice(rows, arguments.calibration_batches))
     calibration = hf_polyattn.calibrate(model, batches, spec=spec, progress=progress)
-    if arguments.layer_steps and not spec.endswith("l1"):
+    if arguments.layer_steps and not has_row_sum(spec):
         hf_polyattn.match_layers(model, batches, steps=arguments.layer_steps, progress=progress)
     return calibration
 

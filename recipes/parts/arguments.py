@@ -119,7 +119,7 @@ class FinetuningArguments(TrainingArguments):
 
     def aligned(self, spec: str) -> int:
         """Returns the steps of alignment of an arm: none with l1, which divides by the partition sum itself."""
-        return 0 if spec == CONTROL or Polynomial.parse(spec).normalizer == "l1" else self.align_steps
+        return 0 if spec == CONTROL or has_row_sum(spec) else self.align_steps
 
     def decisive(self) -> dict[str, object]:
         """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
@@ -132,3 +132,8 @@ class FinetuningArguments(TrainingArguments):
             *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16"),
         )
         return {name: getattr(self, name) for name in names}
+
+
+def has_row_sum(spec: str) -> bool:
+    """Returns whether an arm's polynomial is divided by its row sum; the control's is none."""
+    return spec != CONTROL and Polynomial.parse(spec).normalizer == "l1"

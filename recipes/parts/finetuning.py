@@ -33,7 +33,7 @@ from hf_polyattn.adaptation.distillation import LEARNING_RATES
 
 from .adapters import add_adapters, config_of_base
 from .adapting import adapt
-from .arguments import CONTROL, FinetuningArguments
+from .arguments import CONTROL, FinetuningArguments, has_row_sum
 from .comparison import circumstances, render
 from .runs import timed, write_beside, written_beside
 from .task import Task
@@ -180,7 +180,7 @@ class Arms:
         elif arguments.max_steps > 0:
             arguments.max_steps -= arguments.steps_before(spec)
         arguments.push_to_hub = False  # of every checkpoint; the saved model is pushed at the end
-        rates = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"]
+        rates = LEARNING_RATES["l1" if has_row_sum(spec) else "fixed"]
         if arguments.learning_rate is None:
             arguments.learning_rate = rates[0]
         if arguments.coefficient_learning_rate is None:
