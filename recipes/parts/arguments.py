@@ -27,6 +27,9 @@ class FinetuningArguments(TrainingArguments):
         default_factory=lambda: [CONTROL, "poly6-l1"],
         metadata={"help": 'the arms, each from the checkpoint: polynomials, and "softmax", the control'},
     )
+    calibrate_only: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "those of the arms that are not trained"}
+    )
     adapt: Literal["calibrate", "none"] = dataclasses.field(
         default="calibrate", metadata={"help": "how the polynomials start: in closed form, or as bare monomials"}
     )
@@ -91,14 +94,16 @@ class FinetuningArguments(TrainingArguments):
             raise InputError("no --model given: the path or Hub name of a softmax checkpoint")
         if self.load_best_model_at_end:
             raise InputError("--load_best_model_at_end is not supported: arms are compared after the same budget")
-        for spec in [*self.spec, *self.anneal]:
+        for spec in [*self.spec, *self.anneal, *self.calibrate_only]:
             if spec != CONTROL:
                 Polynomial.parse(spec)
         before = [spec for spec in self.spec if self.steps_before(spec)]
         if before and self.lora_rank > 0:
             raise InputError("--align_steps and --anneal train all weights; they do not go with --lora_rank")
-        if before and self.adapt == "none":
-            raise InputError("--align_steps and --anneal prepare for calibration; they do not go with --adapt none")
+        if self.adapt == "none" and (before or self.layer_steps):
+            raise InputError(
+                "--align_steps, --anneal and --layer_steps go with calibration; they do not go with --adapt none"
+            )
         needed = max(map(self.steps_before, before), default=0)
         if needed > max(0, self.max_steps):
             raise InputError(
@@ -108,21 +113,27 @@ class FinetuningArguments(TrainingArguments):
 
     def steps_before(self, spec: str) -> int:
         """Returns how many steps of an arm's budget may be spent before its own polynomials train."""
-        if spec == CONTROL:
+        if spec == CONTROL or spec in self.calibrate_only:
             return 0
         return self.aligned(spec) + len(self.anneal) * self.anneal_steps
 
     def aligned(self, spec: str) -> int:
         """Returns the steps of alignment of an arm: none with l1, which divides by the partition sum itself."""
-        return 0 if spec == CONTROL or Polynomial.parse(spec).normalizer == "l1" else self.align_steps
+        return 0 if spec == CONTROL or has_row_sum(spec) else self.align_steps
 
     def decisive(self) -> dict[str, object]:
         """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
         names = (
-            *("model", "dtype", "adapt", "calibration_batches", "anneal", "anneal_steps", "align_steps", "layer_steps"),
+            *("model", "dtype", "adapt", "calibrate_only", "calibration_batches"),
+            *("anneal", "anneal_steps", "align_steps", "layer_steps"),
             *("distill_weight", "teacher", "dropout"),
             *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "coefficient_learning_rate"),
             *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
             *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16"),
         )
         return {name: getattr(self, name) for name in names}
+
+
+def has_row_sum(spec: str) -> bool:
+    """Returns whether an arm's polynomial is divided by its row sum; the control's is none."""
+    return spec != CONTROL and Polynomial.parse(spec).normalizer == "l1"

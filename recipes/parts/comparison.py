@@ -14,6 +14,14 @@ from .arguments import CONTROL, FinetuningArguments
 from .runs import describe_device, peak_memory_mib, versions
 from .task import Task
 
+STAGES = {
+    "softmax": "the checkpoint as it was published",
+    "patched": "softmax swapped for the polynomial, nothing else",
+    "calibrated": "each head's polynomial computed in closed form, no training on the task",
+    "finetuned": "trained for as many steps as the column says (0: not at all)",
+    "reloaded": "saved, and loaded with plain from_pretrained: the same predictions",
+}
+
 
 def circumstances(
     arguments: FinetuningArguments, task: Task, accelerator: Accelerator, started: float
@@ -32,17 +40,27 @@ def circumstances(
 
 
 def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """Returns the table of all stages of all arms, with what its columns mean."""
+    """Returns the table of all stages of all arms, with what its stages and columns mean."""
     first = next(iter(columns))
+    meanings = {**STAGES, **columns}
     control = results["arms"].get(CONTROL)
+    if control is not None:
+        meanings["vs_control"] = f"{first} minus that of the fine-tuned softmax model, under the same budget"
+    if any("latency_ms" in arm["stages"]["finetuned"] for arm in results["arms"].values()):
+        meanings["latency_ms"] = "median time for a small held-out batch in milliseconds, in turns with softmax"
+        meanings["vs_softmax"] = "that time divided by the softmax model's; below 1 is faster"
     rows = []
     for spec, arm in results["arms"].items():
+        before, after = arm["spent"]["steps_before"], arm["spent"]["steps"]
+        steps = {"finetuned": before + after, "reloaded": before + after, "calibrated": before}
         for stage, values in arm["stages"].items():
-            against = "" if control is None else f"{values[first] - control['stages']['finetuned'][first]:+.4f}"
-            before, after = arm["spent"]["steps_before"], arm["spent"]["steps"]
-            steps = {"finetuned": before + after, "reloaded": before + after, "calibrated": before}.get(stage, 0)
-            rows.append((spec, stage, steps, *(f"{values[name]:.4f}" for name in columns), against))
-    meanings = {**columns, "vs_control": f"{first} minus that of the fine-tuned softmax model, under the same budget"}
+            row = [spec, stage, steps.get(stage, 0), *(f"{values[name]:.4f}" for name in columns)]
+            if "vs_control" in meanings:
+                row.append(f"{values[first] - control['stages']['finetuned'][first]:+.4f}")
+            if "latency_ms" in meanings:
+                row += [f"{values['latency_ms']:.1f}", f"{values['latency_ms'] / values['softmax_latency_ms']:.2f}"]
+            rows.append(row)
+    header = ("arm", "stage", "steps", *(name for name in meanings if name not in STAGES))
     width = max(map(len, meanings))
     lines = [f"{name.ljust(width)}  {meaning}" for name, meaning in meanings.items()]
-    return "\n".join(["", format_table(("arm", "stage", "steps", *columns, "vs_control"), rows), "", *lines])
+    return "\n".join(["", format_table(header, rows), "", *lines])

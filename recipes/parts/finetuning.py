@@ -1,7 +1,7 @@
 """Fine-tuning under one budget: the softmax checkpoint as control, and polynomial models that start from it.
 
-A recipe says what its model, data and metrics are, as a `Task`; `finetune` brings each `--spec` from the checkpoint to
-a saved model:
+A recipe says what its model, data and metrics are, as a `Task`, with labels or without; `finetune` brings each `--spec`
+from the checkpoint to a saved model:
 
     softmax → patched → (aligned, annealed) calibrated → fine-tuned → saved → reloaded
 
@@ -14,8 +14,8 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from itertools import islice
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from hf_polyattn import InputError, PolyAttnError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
 
 from .adapters import add_adapters, config_of_base
-from .arguments import CONTROL, FinetuningArguments
+from .adapting import adapt
+from .arguments import CONTROL, FinetuningArguments, has_row_sum
 from .comparison import circumstances, render
 from .runs import timed, write_beside, written_beside
 from .task import Task
@@ -58,6 +59,8 @@ class Arms:
         self.output = Path(arguments.output_dir or ".")
         if arguments.max_steps < 0 and not hasattr(task.train, "__len__"):
             raise InputError("a stream has no end that is known; set --max_steps")
+        if not task.labelled and not arguments.distill_weight:
+            raise InputError("without labels the distance from the teacher is the loss: set --distill_weight above 0")
         if arguments.distill_weight and task.new_modules and arguments.teacher is None:
             raise InputError(
                 f"the checkpoint has no {', '.join(task.new_modules)} for this task, so it cannot be the teacher; set "
@@ -75,9 +78,10 @@ class Arms:
             raise InputError("--lora_rank is for models that each process holds whole; use configs/multi_gpu.yaml")
         self.check_output()
         self.started = time.perf_counter()
+        self.score = task.score if task.labelled else partial(task.score, expected=self.predict(self.softmax))
         self.baseline: dict[str, Any] = {}
         self.measure_stage(self.baseline, "softmax", self.softmax)
-        if not arguments.distill_weight or arguments.teacher is not None:
+        if task.beside is None and (not arguments.distill_weight or arguments.teacher is not None):
             del self.softmax  # it is not the teacher
 
     def run(self) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class Arms:
             self.measure_stage(stages, "patched", model)
         if spec != CONTROL and arguments.adapt == "calibrate":
             with timed(seconds, "adapt"):
-                calibration = self.adapt(model, spec)
+                calibration = adapt(model, spec, task, arguments, self.accelerator)
             self.measure_stage(stages, "calibrated", model)
 
         if arguments.dropout is not None:
@@ -161,50 +165,26 @@ class Arms:
         self.accelerator.free_memory()
         return result
 
-    def adapt(self, model: PreTrainedModel, spec: str) -> Any:
-        """Brings an arm's model to its calibrated polynomials; returns the report of the last calibration.
-
-        Every process does the same on the same batches.
-        """
-        arguments, batches = self.arguments, self.calibration_batches()
-        if arguments.aligned(spec):
-            with self.accelerator.autocast():
-                hf_polyattn.align(
-                    model,
-                    self.training_batches(),
-                    steps=arguments.align_steps,
-                    lr=arguments.learning_rate,
-                    weight_decay=arguments.weight_decay,
-                    progress=self.main,
-                )
-        if arguments.anneal:
-            hf_polyattn.anneal(
-                model,
-                self.training_batches(),
-                arguments.anneal,
-                steps=arguments.anneal_steps,
-                calibration_batches=arguments.calibration_batches,
-                progress=self.main,
-            )
-        calibration = hf_polyattn.calibrate(model, batches, spec=spec, progress=self.main)
-        if arguments.layer_steps and not spec.endswith("l1"):
-            hf_polyattn.match_layers(model, batches, steps=arguments.layer_steps, progress=self.main)
-        return calibration
-
     def load(self, source: str | Path) -> PreTrainedModel:
         """Returns a model in eval mode; a new head starts from the same random numbers each time."""
         set_seed(self.arguments.seed)
         return self.task.load_model(str(source), dtype=self.arguments.dtype).eval()
 
     def arm_arguments(self, spec: str) -> FinetuningArguments:
-        """Returns the arguments of an arm: its own folder and the rate of its polynomials."""
+        """Returns the arguments of an arm: its own folder, steps and learning rates."""
         arguments = copy.copy(self.arguments)
         arguments.output_dir = str(self.output / spec)
-        if arguments.max_steps > 0:
+        if spec in arguments.calibrate_only:
+            arguments.max_steps = arguments.align_steps = arguments.layer_steps = 0
+            arguments.anneal = []
+        elif arguments.max_steps > 0:
             arguments.max_steps -= arguments.steps_before(spec)
         arguments.push_to_hub = False  # of every checkpoint; the saved model is pushed at the end
+        rates = LEARNING_RATES["l1" if has_row_sum(spec) else "fixed"]
+        if arguments.learning_rate is None:
+            arguments.learning_rate = rates[0]
         if arguments.coefficient_learning_rate is None:
-            arguments.coefficient_learning_rate = LEARNING_RATES["l1" if spec.endswith("l1") else "fixed"][1]
+            arguments.coefficient_learning_rate = rates[1]
         return arguments
 
     def teacher(self) -> PreTrainedModel | None:
@@ -214,35 +194,29 @@ class Arms:
             return self.softmax
         return self.load(self.arguments.teacher).to(self.accelerator.device)
 
-    def calibration_batches(self) -> list[dict[str, Any]]:
-        """Returns batches of training rows, the same ones in every process."""
-        return list(islice(self.batches(self.arguments.per_device_eval_batch_size), self.arguments.calibration_batches))
-
-    def training_batches(self) -> list[dict[str, Any]]:
-        """Returns enough batches to align or anneal on, the same ones in every process."""
-        longest = max(self.arguments.align_steps, self.arguments.anneal_steps)
-        return list(islice(self.batches(self.arguments.train_batch_size), longest))
-
-    def batches(self, size: int) -> Iterator[dict[str, Any]]:
-        rows = self.task.train.shuffle(seed=self.arguments.seed)
-        for batch in DataLoader(rows, batch_size=size, collate_fn=self.task.collate):
-            yield {name: value for name, value in batch.items() if name != "labels"}
+    def measure(self, model: torch.nn.Module) -> tuple[dict[str, float], Tensor]:
+        """Returns a model's measures on the held-out examples, and its predictions."""
+        predictions = self.predict(model)
+        measures = self.score(predictions)
+        if self.task.beside is not None:
+            measures |= self.task.beside(model, self.softmax)
+        return measures, predictions
 
     @torch.no_grad()
-    def measure(self, model: torch.nn.Module) -> tuple[dict[str, float], Tensor]:
-        """Returns a model's measures on the held-out examples and its predictions; all processes share the work."""
+    def predict(self, model: torch.nn.Module) -> Tensor:
+        """Returns a model's predictions on the held-out examples; all processes share the work."""
         loader: Any = DataLoader(
             self.task.held_out, batch_size=self.arguments.per_device_eval_batch_size, collate_fn=self.task.collate
         )
         loader, rows, training = self.accelerator.prepare_data_loader(loader), [], model.training
         model.eval()
         for batch in tqdm(loader, desc="measure", disable=not self.main or self.arguments.disable_tqdm, leave=False):
-            with self.accelerator.autocast():
+            # bfloat16 would blur the distance from softmax, which is all that is measured without labels.
+            with self.accelerator.autocast() if self.task.labelled else nullcontext():
                 outputs = model(**batch)
             rows.append(self.accelerator.gather_for_metrics(self.task.predict(outputs, batch).float()).cpu())
         model.train(training)
-        predictions = torch.cat(rows)
-        return self.task.score(predictions), predictions
+        return torch.cat(rows)
 
     def measure_stage(self, stages: dict[str, Any], name: str, model: PreTrainedModel) -> None:
         """Measures a model that is not trained yet, unless only the fine-tuned one is to be measured."""

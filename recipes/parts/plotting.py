@@ -16,7 +16,7 @@ def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
     """Draws, for each spec, how far its quality is from softmax's at each stage and what it costs, as a PNG.
 
     Args:
-        specs: of results.json.
+        specs: the arms of all_results.json.
         quality: the measure to draw; softmax has the value that it should reach.
         path: of the PNG file.
     """

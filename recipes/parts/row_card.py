@@ -108,8 +108,7 @@ def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardDat
         for arm, own in summary.items()
         if arm not in (CONTROL, START)
     ]
-    arms = [row["arms"][arm]["words"] for arm in summary]
-    specs = [own.get("spec", own.get("specs")) for own in arms]
+    specs = dict.fromkeys(row["arms"][arm]["words"]["spec"] for arm in summary)
     return ModelCardData(
         library_name="transformers",
         base_model=row["base_model"],
@@ -118,7 +117,7 @@ def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardDat
         datasets=[dataset],
         metrics=[metric],
         pipeline_tag=task,
-        tags=[*TAGS, *dict.fromkeys(spec for spec in specs if spec not in (None, "softmax"))],
+        tags=[*TAGS, *(spec for spec in specs if spec != "softmax")],
         model_name=row["title"],
         eval_results=results,
     )
@@ -129,4 +128,4 @@ def words(values: Mapping[str, Any]) -> str:
 
 
 def untrained(arm: Mapping[str, Any]) -> bool:
-    return 0 in (arm["words"].get("max_steps"), arm["words"].get("steps"))
+    return arm["words"].get("max_steps") == 0

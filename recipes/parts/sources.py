@@ -50,8 +50,13 @@ def read_rows(arguments: DataArguments, columns: Sequence[str], *, streaming: bo
         train = train.take(arguments.max_train_examples)
     if arguments.eval_dataset is not None:
         held_out = _read(arguments.eval_dataset, None, arguments.eval_split, columns, False)
-    elif Path(arguments.dataset).suffix in FILE_FORMATS and arguments.eval_split == arguments.train_split:
-        raise InputError("the held-out rows would be the training rows; set --eval_dataset or another --eval_split")
+    elif arguments.eval_split == arguments.train_split or (
+        Path(arguments.dataset).suffix in FILE_FORMATS and "[" not in arguments.train_split + arguments.eval_split
+    ):
+        raise InputError(
+            "the held-out rows would be the training rows; set --eval_dataset, or parts that do not overlap, such as "
+            ' --train_split "train[:90%]" --eval_split "train[90%:]"'
+        )
     else:
         held_out = _read(arguments.dataset, arguments.dataset_config, arguments.eval_split, columns, False)
     if arguments.max_eval_examples is not None:

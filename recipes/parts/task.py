@@ -22,11 +22,14 @@ class Task:
         processor: tokenizer or image processor, saved beside the model.
         train: examples to train on; without a length they are a stream.
         held_out: examples to measure on.
-        collate: makes a batch of model inputs, `labels` among them.
+        collate: makes a batch of model inputs, `labels` among them if there are any.
         predict: from a model's outputs and the batch, one row of float32 numbers an example.
-        score: from the rows of all held-out examples, the measures.
+        score: from the rows of all held-out examples, the measures; without labels also takes `expected=`, the rows of
+            the softmax checkpoint.
         columns: their names and what they mean in a sentence; the first is the one by which arms are compared.
         unit: what the budget is counted in.
+        labelled: False where the teacher's outputs are all that a model is trained and measured by.
+        beside: from a model and the softmax checkpoint, measures of both, such as `Latency`; all processes call it.
         new_modules: names of modules that start from random numbers and are trained whole beside LoRA adapters.
         augment: changes a batch that is trained on.
     """
@@ -38,8 +41,10 @@ class Task:
     held_out: Any
     collate: Callable[[list[Any]], dict[str, Any]]
     predict: Callable[[Any, Mapping[str, Any]], Tensor]
-    score: Callable[[Tensor], dict[str, float]]
+    score: Callable[..., dict[str, float]]
     columns: dict[str, str]
     unit: Literal["tokens", "images"]
+    labelled: bool = True
+    beside: Callable[[Any, PreTrainedModel], dict[str, float]] | None = None
     new_modules: tuple[str, ...] = ()
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None

@@ -82,11 +82,14 @@ class PolyAttentionTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Returns the task's loss, and with a teacher how far the model is from it."""
+        """Returns the task's loss, if there are labels, and with a teacher how far the model is from it."""
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "output_hidden_states": True}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if "labels" in inputs:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = 0.0, model(**inputs)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad(), self.accelerator.autocast():
             target = self.teacher(**inputs)

@@ -25,18 +25,10 @@ from hf_polyattn.patching.patched import patched_layers, spec_of
 Batch = dict[str, Tensor]
 
 
-@pytest.fixture
-def llama(pretrained: Callable[..., Any]) -> PreTrainedModel:
-    return pretrained("llama", "AutoModelForCausalLM")
-
-
 @pytest.fixture(scope="module")
-def batches(pretrained: Callable[..., Any]) -> list[Batch]:
+def batches(told: Callable[[int], Tensor]) -> list[Batch]:
     """Stories that the checkpoint itself tells; the second half of each batch is padded on the left."""
-    torch.manual_seed(0)
-    model = pretrained("llama", "AutoModelForCausalLM")
-    start = torch.ones(24, 1, dtype=torch.long)
-    stories = model.generate(start, attention_mask=start, do_sample=True, min_new_tokens=60, max_new_tokens=60)
+    stories = told(24)
     mask = torch.ones_like(stories)
     mask[1::2, :20] = 0
     return [

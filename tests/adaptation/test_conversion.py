@@ -21,19 +21,10 @@ Batch = dict[str, Tensor]
 DIAL = ("poly3", "poly4-l1", "poly3^16-l1")
 
 
-@pytest.fixture
-def llama(pretrained: Callable[..., Any]) -> PreTrainedModel:
-    return pretrained("llama", "AutoModelForCausalLM")
-
-
 @pytest.fixture(scope="module")
-def batches(pretrained: Callable[..., Any]) -> list[Batch]:
+def batches(told: Callable[[int], Tensor]) -> list[Batch]:
     """Stories that the checkpoint itself tells."""
-    torch.manual_seed(0)
-    model = pretrained("llama", "AutoModelForCausalLM")
-    start = torch.ones(16, 1, dtype=torch.long)
-    stories = model.generate(start, attention_mask=start, do_sample=True, min_new_tokens=60, max_new_tokens=60)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in stories.split(4)]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in told(16).split(4)]
 
 
 def specs_of(model: PreTrainedModel) -> list[str]:

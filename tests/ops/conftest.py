@@ -2,4 +2,13 @@
 
 import pytest
 
-pytest.register_assert_rewrite("kernel_cases")
+from hf_polyattn.ops import chunked
+
+pytest.register_assert_rewrite("kernel_cases", "formula")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every call cross block boundaries in batch, heads and rows."""
+    monkeypatch.setattr(chunked, "_BLOCK_WEIGHTS_CPU", 32)
+    monkeypatch.setattr(chunked, "_BAND_ROWS", 2)
