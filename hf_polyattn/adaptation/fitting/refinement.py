@@ -58,7 +58,9 @@ class FittedRefinement:
 
     def solve(self) -> None:
         """Solves for the step."""
-        s = torch.logspace(*(math.log10(end) for end in ROW_SUMS), 32, dtype=torch.float64, device=self._gram.device)
+        s = torch.logspace(
+            math.log10(ROW_SUMS[0]), math.log10(ROW_SUMS[1]), 32, dtype=torch.float64, device=self._gram.device
+        )
         x = (s.unsqueeze(-1) - 1.0) ** torch.arange(STEPS, device=s.device) * (_PRIOR * self._count / len(s)) ** 0.5
         y = s.log() * (_PRIOR * self._count / len(s)) ** 0.5
         self.steps = solve(self._gram + x.T @ x, self._moment + x.T @ y, ridge=_RIDGE)
