@@ -64,7 +64,8 @@ def check_files(
 def check_loaded(model: nn.Module, info: Any, source: str) -> None:
     """Checks that a model got every polynomial that its config names, and no other, from its checkpoint.
 
-    A config written by hand beside a softmax checkpoint names no modules: all of its polynomials may be missing.
+    A config written by hand beside a softmax checkpoint names no modules: all of its polynomials may be missing, and
+    those are marked for Transformers to initialize.
 
     Args:
         model: loaded, its missing tensors not yet set.
@@ -103,6 +104,7 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
                 f"{source}: {sorted(names)} of the polynomial {path!r} are missing, which config.json says is there. "
                 f"{_AGAIN} For a softmax checkpoint with a config written by hand, leave 'modules' out of {CONFIG_KEY}."
             )
+        polynomials[path]._is_hf_initialized = False
     absent = _absent_modules(model, info.unexpected_keys)
     if absent:
         raise CheckpointError(

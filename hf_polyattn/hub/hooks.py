@@ -41,8 +41,9 @@ def install_on_models(modeling_utils: Any) -> None:
 def _install_building(model_class: Any) -> None:
     """Makes models build the polynomial modules that their config names, and name those that they have.
 
-    `post_init` runs for every model and submodel once its modules exist, `_initialize_weights` fills parameters that a
-    checkpoint does not have, and `save_pretrained` writes the config of a model whose submodel was patched by itself.
+    `post_init` runs for every model and submodel once its modules exist; `_initialize_weights` fills polynomials that
+    a checkpoint does not have, and no others: not those of a patched model that becomes part of another one;
+    `save_pretrained` writes the config of a model whose submodel was patched by itself.
     """
     post_init, initialize, save = model_class.post_init, model_class._initialize_weights, model_class.save_pretrained
 
@@ -59,12 +60,9 @@ def _install_building(model_class: Any) -> None:
     def initialize_with_polyattn(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(module, PolyAttention):
             initialize(self, module, *args, **kwargs)
-        elif not getattr(module, "_is_hf_initialized", False):
-            if not all(
-                getattr(tensor, "_is_hf_initialized", False) for tensor in module.state_dict(keep_vars=True).values()
-            ):
-                module.reset_parameters()  # all of it is missing: of a part, `check_loaded` has complained
-            module._is_hf_initialized = True  # type: ignore[assignment]
+        elif not module._is_hf_initialized:  # the loader found it missing
+            module.reset_parameters()
+            module._is_hf_initialized = True
 
     @wraps(save)
     def save_with_guard(self: Any, *args: Any, **kwargs: Any) -> Any:

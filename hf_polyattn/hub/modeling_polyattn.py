@@ -41,8 +41,6 @@ class PolyAttention(nn.Module):
         settings: the model's `polyattn_config`.
     """
 
-    radius: Tensor
-
     def __init__(self, spec: str, heads: int, head_dim: int, settings: dict[str, Any]) -> None:
         super().__init__()
         match = re.fullmatch(r"(?:poly|taylor)([1-8])(?:\^(1|2|4|8|16|32))?(?:-(rsqrt|mean|none|l1))?", spec)
@@ -54,7 +52,7 @@ class PolyAttention(nn.Module):
         self.coefficients = nn.Parameter(torch.empty(rows, int(match[1]) + 1, dtype=torch.float32))
         self.center = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
-        self.register_buffer("radius", torch.empty(heads, dtype=torch.float32))
+        self.radius = nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=False)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, dropout: float

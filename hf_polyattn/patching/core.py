@@ -28,7 +28,8 @@ class PolyAttention(nn.Module):
         coefficients: Parameter (H, P + 1), or (1, P + 1) with granularity `layer`; ascending powers of t.
         center: Parameter (H,); used once `config.interval` is set.
         key_shift: Parameter (H, D), μ_h; used once `config.key_shift` is set.
-        radius: buffer (H,), positive; used once `config.interval` is set.
+        radius: Parameter (H,), positive, without gradient; used once `config.interval` is set. It is no buffer, because
+            Accelerate leaves buffers where they are when it offloads a checkpoint's weights.
         config: the `PolyAttentionConfig` this module was made from; replaced by calibration.
         observer: while set, the module's attention runs softmax and the observer sees its inputs and output.
 
@@ -44,7 +45,9 @@ class PolyAttention(nn.Module):
     coefficients: nn.Parameter
     center: nn.Parameter
     key_shift: nn.Parameter
-    radius: Tensor
+    radius: nn.Parameter
+    # What Transformers asks before it initializes a module: only its loader knows that something is missing.
+    _is_hf_initialized: bool = True
 
     def __init__(
         self, config: PolyAttentionConfig, heads: int, head_dim: int, device: torch.device | str | None = None
@@ -60,7 +63,7 @@ class PolyAttention(nn.Module):
         self.coefficients = nn.Parameter(torch.empty(rows, config.spec.degree + 1, **options))
         self.center = nn.Parameter(torch.empty(heads, **options))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, **options))
-        self.register_buffer("radius", torch.empty(heads, **options))
+        self.radius = nn.Parameter(torch.empty(heads, **options), requires_grad=False)
         self.configure(config)
         self.reset_parameters()
 
@@ -175,7 +178,10 @@ class PolyAttention(nn.Module):
                 return tensor.to(applied.device)
             return applied
 
+        empty = self.coefficients.is_meta
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        if empty and not self.coefficients.is_meta:  # `to_empty`, whose memory is nobody's yet
+            self.reset_parameters()
         return self
 
     def extra_repr(self) -> str:
