@@ -18,7 +18,8 @@ _HOOKS = {
     "transformers.configuration_utils": ("patching.saved_config", "install_on_configs"),  # imported before torch
     "transformers.modeling_utils": ("hub.hooks", "install_on_models"),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
-    "peft.peft_model": ("hub.hooks", "install_on_peft"),
+    "peft.utils.other": ("hub.peft_hooks", "install_on_wrappers"),
+    "peft.peft_model": ("hub.peft_hooks", "install_on_peft"),
 }
 
 

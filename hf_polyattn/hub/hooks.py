@@ -1,6 +1,6 @@
 """Saving and loading: patched models go through `save_pretrained` and `from_pretrained` like any others.
 
-The hooks that importing `hf_polyattn` installs, on `PreTrainedModel`, on `Trainer` and on PEFT. They may run in
+The hooks that importing `hf_polyattn` installs on `PreTrainedModel` and on `Trainer`. They may run in
 the middle of any import of Transformers, so this file imports nothing that needs `transformers.modeling_utils`.
 """
 
@@ -62,6 +62,7 @@ def _install_building(model_class: Any) -> None:
             initialize(self, module, *args, **kwargs)
         elif not module._is_hf_initialized:  # the loader found it missing
             module.reset_parameters()
+            module.freeze_unused()
             module._is_hf_initialized = True
 
     @wraps(save)
@@ -109,12 +110,15 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
         result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if not args and not kwargs:  # `expected_keys`: an adapter's, not the model's
             check_loaded(model, result[0], str(load_config.pretrained_model_name_or_path or "the state dict"))
+        for module in model.modules():  # what was loaded asks for gradients
+            if isinstance(module, PolyAttention):
+                module.freeze_unused()
         return result
 
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load_adapter(self, *args, **kwargs)
-        _refuse_adapter(getattr(result, "unexpected_keys", ()))
+        refuse_adapter(getattr(result, "unexpected_keys", ()))
         return result
 
     modeling_utils._get_dtype = get_dtype_with_polyattn
@@ -212,21 +216,7 @@ def install_on_trainer(trainer: Any) -> None:
     trainer_class.push_to_hub = push_with_card
 
 
-def install_on_peft(peft_model: Any) -> None:
-    """Makes PEFT refuse an adapter with trained polynomials (`modules_to_save`) on a model that has none."""
-    model_class = peft_model.PeftModel
-    load_adapter = model_class.load_adapter
-
-    @wraps(load_adapter)
-    def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load_adapter(self, *args, **kwargs)
-        _refuse_adapter(result.unexpected_keys)
-        return result
-
-    model_class.load_adapter = load_adapter_with_polyattn
-
-
-def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:
+def refuse_adapter(unexpected_keys: Iterable[str]) -> None:
     """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax."""
     from .checkpoint import polynomial_paths
 

@@ -68,11 +68,31 @@ class PolyAttention(nn.Module):
         self.reset_parameters()
 
     def configure(self, config: PolyAttentionConfig) -> None:
-        """Replaces the config and freezes the parameters that it does not use or does not train."""
+        """Replaces the config, and freezes the parameters that it does not use or does not train.
+
+        Frozen coefficients that the config before would have trained were frozen by somebody, and stay so.
+        """
+        self.train_polynomial(config.learnable and (self.coefficients.requires_grad or not self.config.learnable))
         self.config = config
-        self.coefficients.requires_grad_(config.learnable)
-        self.center.requires_grad_(config.learnable and config.interval)
-        self.key_shift.requires_grad_(config.learnable and config.key_shift)
+        self.freeze_unused()
+
+    def train_polynomial(self, trained: bool) -> None:
+        """Makes all that a polynomial can learn ask for gradients, or nothing of it."""
+        for parameter in (self.coefficients, self.center, self.key_shift):
+            parameter.requires_grad_(trained)
+
+    def freeze_unused(self) -> None:
+        """Freezes what gets no gradient under the config, whatever loaded, copied or wrapped the parameters."""
+        config = self.config
+        used = {"coefficients": True, "center": config.interval, "key_shift": config.key_shift}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not (config.learnable and used.get(name, False)):
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PolyAttention:
+        """Sets the module's mode; before a training, freezes what a model's `requires_grad_(True)` should not reach."""
+        self.freeze_unused()
+        return super().train(mode)
 
     def change_spec(self, spec: Polynomial) -> None:
         """Takes another polynomial, uncalibrated; center, radius and key shift stay as they are."""
@@ -132,7 +152,7 @@ class PolyAttention(nn.Module):
             power=config.spec.power,
             normalizer=config.spec.normalizer,
             center=center,
-            radius=self.radius if config.interval else 1.0,
+            radius=self.radius.detach() if config.interval else 1.0,
             clamp=config.clamp,
             monomial=self._is_monomial(),
             dropout=dropout,
