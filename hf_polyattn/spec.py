@@ -17,7 +17,7 @@ Granularity = Literal["head", "layer"]
 NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
 POWERS = (1, 2, 4, 8, 16, 32)
 MAX_DEGREE = 8
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no settings beside the tensors; it is read
 
 GRAMMAR = (
     '("poly" | "taylor") degree ["^" power] ["-" normalizer], with degree 1..8, '
@@ -177,9 +177,9 @@ class PolyAttentionConfig:
                 "hf_polyattn, or patch and save the model again."
             )
         version = data["format_version"]
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise SpecError(
-                f"polyattn config has format_version {version!r}; this hf_polyattn reads {FORMAT_VERSION}. "
+                f"polyattn config has format_version {version!r}; this hf_polyattn reads 1 to {FORMAT_VERSION}. "
                 "Install the hf_polyattn that wrote it (pip install --upgrade hf_polyattn), or patch and save again."
             )
         known = {field.name for field in fields(cls)}

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, PatchError
+from ..patching import settings
 from ..patching.attention import IMPLEMENTATIONS
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
-from ..patching.governing import SAVED_MODULES
+from ..patching.governing import SAVED_MODULES, SAVED_VERSION
 from ..patching.saved_config import CONFIG_KEY
 
-_TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1}
+_TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1, settings.NAME: 1}
 _MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each
 _AGAIN = "Download the checkpoint again (force_download=True), or calibrate the model and save it again."
 
@@ -92,11 +93,17 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
                 f"and the spec {layer.config.spec} need {tuple(needed)}. config.json and the weights are of different "
                 "models; save the model again with save_pretrained."
             )
-    missing = defaultdict(set)
+    missing: dict[str, set[str]] = defaultdict(set)
     for key in info.missing_keys:
         path, _, name = key.rpartition(".")
         if path in polynomials:
             missing[path].add(name)
+    versions = {getattr(module, SAVED_VERSION, None) for module in model.modules()}
+    if 1 in versions:  # which had no settings
+        for path in [path for path, names in missing.items() if names == {settings.NAME}]:
+            del missing[path]
+            info.missing_keys.discard(f"{path}.{settings.NAME}")
+            polynomials[path].settings = settings.encoded(polynomials[path].config, polynomials[path].place)
     saved = any(getattr(module, SAVED_MODULES, None) is not None for module in model.modules())
     for path, names in sorted(missing.items()):
         if saved or len(names) < len(_TENSORS):
@@ -105,6 +112,8 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
                 f"{_AGAIN} For a softmax checkpoint with a config written by hand, leave 'modules' out of {CONFIG_KEY}."
             )
         polynomials[path]._is_hf_initialized = False
+    for path, layer in polynomials.items():
+        _take_settings(layer, f"{source}: {path}.{settings.NAME}", f"{path}.{settings.NAME}" in info.missing_keys)
     absent = _absent_modules(model, info.unexpected_keys)
     if absent:
         raise CheckpointError(
@@ -117,6 +126,20 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             f"{source}: attn_implementation is {implementation!r}, but there is no {CONFIG_KEY} and the model would "
             "silently be softmax. Load it with attn_implementation='sdpa' and call patch_model(model, spec)."
         )
+
+
+def _take_settings(layer: PolyAttention, source: str, missing: bool) -> None:
+    """Gives a loaded polynomial the settings that were loaded with it, and freezes what it does not train."""
+    if not missing and not layer.settings.is_meta:
+        layer.settings = layer.settings.to(torch.uint8)  # "keep in float32" casts all tensors of a module
+        found = settings.restored(layer.config, layer.settings, source)
+        if found.spec != layer.config.spec:
+            raise CheckpointError(
+                f"{source} is of the polynomial {found.spec}, but config.json says {layer.config.spec}. They are of "
+                "different models; save the model again with save_pretrained."
+            )
+        layer.config = found
+    layer.freeze_unused()
 
 
 def _names_polynomials(config: PreTrainedConfig) -> bool:
@@ -154,6 +177,9 @@ def _check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"{source}: {key!r} is no tensor of a polynomial; there are {sorted(_TENSORS)}. "
                 "Install the hf_polyattn that wrote it: pip install --upgrade hf_polyattn."
             )
+        if name == settings.NAME:
+            settings.decoded(tensor, f"{source}: tensor {key!r}")
+            continue
         if not tensor.is_floating_point() or tensor.dim() != _TENSORS[name]:
             raise CheckpointError(
                 f"{source}: tensor {key!r} is {tensor.dtype} with shape {tuple(tensor.shape)}; it must be floating "

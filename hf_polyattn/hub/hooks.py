@@ -110,9 +110,6 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
         result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if not args and not kwargs:  # `expected_keys`: an adapter's, not the model's
             check_loaded(model, result[0], str(load_config.pretrained_model_name_or_path or "the state dict"))
-        for module in model.modules():  # what was loaded asks for gradients
-            if isinstance(module, PolyAttention):
-                module.freeze_unused()
         return result
 
     @wraps(load_adapter)

@@ -15,6 +15,7 @@ from ..ops import polynomial_attention
 from ..ops.api import autocast_inputs
 from ..ops.call import compute_dtype
 from ..spec import PolyAttentionConfig, Polynomial
+from . import settings
 
 CHILD_NAME = "polyattn"
 
@@ -30,10 +31,12 @@ class PolyAttention(nn.Module):
         key_shift: Parameter (H, D), μ_h; used once `config.key_shift` is set.
         radius: Parameter (H,), positive, without gradient; used once `config.interval` is set. It is no buffer, because
             Accelerate leaves buffers where they are when it offloads a checkpoint's weights.
+        settings: buffer uint8 (256,), what of the config the tensors' meaning depends on; loading a state dict
+            restores it into the config. See `settings.py`.
         config: the `PolyAttentionConfig` this module was made from; replaced by calibration.
         observer: while set, the module's attention runs softmax and the observer sees its inputs and output.
 
-    All four tensors stay float32 when the model is cast to a lower precision.
+    All but the settings stay float32 when the model is cast to a lower precision.
 
     Args:
         config: what to be.
@@ -46,6 +49,7 @@ class PolyAttention(nn.Module):
     center: nn.Parameter
     key_shift: nn.Parameter
     radius: nn.Parameter
+    settings: Tensor
     # What Transformers asks before it initializes a module: only its loader knows that something is missing.
     _is_hf_initialized: bool = True
 
@@ -64,8 +68,14 @@ class PolyAttention(nn.Module):
         self.center = nn.Parameter(torch.empty(heads, **options))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, **options))
         self.radius = nn.Parameter(torch.empty(heads, **options), requires_grad=False)
+        self.register_buffer(settings.NAME, settings.encoded(config, self.place))
         self.configure(config)
         self.reset_parameters()
+
+    @property
+    def place(self) -> torch.device | None:
+        """Where the parameters are; None for those on the meta device, which will be elsewhere."""
+        return None if self.coefficients.is_meta else self.coefficients.device
 
     def configure(self, config: PolyAttentionConfig) -> None:
         """Replaces the config, and freezes the parameters that it does not use or does not train.
@@ -74,7 +84,20 @@ class PolyAttention(nn.Module):
         """
         self.train_polynomial(config.learnable and (self.coefficients.requires_grad or not self.config.learnable))
         self.config = config
+        self.write_settings()
         self.freeze_unused()
+
+    @torch.no_grad()
+    def write_settings(self) -> None:
+        """Brings the settings up to date with the config."""
+        if not self.settings.is_meta:
+            self.settings.copy_(settings.encoded(self.config))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + settings.NAME
+        if key in state_dict:
+            self.configure(settings.restored(self.config, state_dict[key], key))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train_polynomial(self, trained: bool) -> None:
         """Makes all that a polynomial can learn ask for gradients, or nothing of it."""
@@ -100,6 +123,7 @@ class PolyAttention(nn.Module):
         self.config = replace(self.config, spec=spec)
         self.coefficients = nn.Parameter(self.coefficients.new_empty(rows, spec.degree + 1), requires_grad=trained)
         self._reset_coefficients()
+        self.write_settings()
 
     @torch.no_grad()
     def _reset_coefficients(self) -> None:
@@ -108,11 +132,12 @@ class PolyAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the spec's uncalibrated coefficients, center 0, radius 1 and no key shift."""
+        """Sets the spec's uncalibrated coefficients, center 0, radius 1 and no key shift; the config stays."""
         self._reset_coefficients()
         self.center.zero_()
         self.key_shift.zero_()
         self.radius.fill_(1.0)
+        self.write_settings()
 
     def forward(
         self,

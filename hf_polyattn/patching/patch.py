@@ -17,6 +17,7 @@ from .core import CHILD_NAME, is_patched
 from .description import table_of
 from .families import AttentionSite, attention_sites
 from .governing import arm, armed_configs, disarm, governing_configs
+from .ownership import own_configs
 from .patched import active_child, patched_modules, pretrained_model, require_patched
 from .saved_config import CONFIG_KEY
 from .selection import new_child, own_config, why_not
@@ -35,6 +36,8 @@ def patch_model(
     dry_run: bool = False,
 ) -> AnyModule:
     """Makes the attention of a pretrained model polynomial, in place; its weights stay untouched.
+
+    `model.config` becomes a copy of what it was: other models built from the same config object stay as they are.
 
     Args:
         model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a PEFT,
@@ -78,6 +81,7 @@ def patch_model(
     children = [new_child(site, config) for site in chosen]
     for site, child in zip(chosen, children, strict=True):
         site.module.add_module(CHILD_NAME, child)
+    own_configs(model)
     for owner in governing_configs(root):
         arm(owner, config, softmax_implementation=owner.config._attn_implementation)
     return model

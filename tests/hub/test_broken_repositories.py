@@ -187,7 +187,7 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
         lambda folder: (config(lambda c: c.pop("polyattn_config"))(folder), weights(without_polynomials)(folder)),
         PATCH, "there is no polyattn_config",
     ),
-    "version-from-the-future": (state(format_version=2), SPEC, "config.json.*format_version 2.*pip install --upgrade"),
+    "version-from-the-future": (state(format_version=3), SPEC, "config.json.*format_version 3.*pip install --upgrade"),
     "version-missing": (state(format_version=...), SPEC, "config.json.*no format_version"),
     "version-of-a-wrong-type": (state(format_version=True), SPEC, "config.json.*format_version True"),
     "extra-keys": (state(kernel="x", url="y"), SPEC, r"config.json.*unknown keys \['kernel', 'url'\]"),

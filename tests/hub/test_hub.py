@@ -409,5 +409,5 @@ def test_models_pushed_again_from_the_hub_keep_every_guard(trained: dict[str, An
     for name in ("me/trained", "me/pushed-again", "me/merged"):
         config = json.loads(hub.store.repositories[name].head().files["config.json"].content)
         assert config["attn_implementation"] == SAVED_IMPLEMENTATION
-        assert config["polyattn_config"]["format_version"] == 1
+        assert config["polyattn_config"]["format_version"] == 2
         assert len(config["polyattn_config"]["modules"]) == config["num_hidden_layers"]
