@@ -10,6 +10,7 @@ Made by `hf_polyattn.export_remote_code`; below stand the classes and the heads 
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -164,12 +165,10 @@ class PolynomialModel(PreTrainedModel):  # type: ignore[misc]
         if missing:
             raise ValueError(f"the checkpoint lacks {missing[:4]}, which its config names; download it again")
         for path, module in model.named_modules():
-            if (
-                hf_polyattn is None
-                and isinstance(module, PolyAttention)
-                and module.settings.tolist() != module.expected
-            ):
-                raise ValueError(f"the settings of {path} are others than config.json says; this file knows only those")
+            if hf_polyattn is None and isinstance(module, PolyAttention) and hasattr(module, "settings"):
+                module.settings = module.settings.to(torch.uint8)
+                if json.loads(bytes(module.settings.tolist()).rstrip(b"\0")) != module.expected:
+                    raise ValueError(f"the settings of {path} are not those of config.json, which is followed. {FIX}")
         return (model, info) if wanted else model
 
 
