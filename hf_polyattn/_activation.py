@@ -19,6 +19,7 @@ _HOOKS = {
     "transformers.modeling_utils": ("hub.hooks", "install_on_models"),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
     "peft.utils.other": ("hub.peft_hooks", "install_on_wrappers"),
+    "peft.tuners.tuners_utils": ("hub.peft_hooks", "install_on_tuners"),
     "peft.peft_model": ("hub.peft_hooks", "install_on_peft"),
 }
 

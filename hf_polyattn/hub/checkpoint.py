@@ -18,7 +18,7 @@ from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES, SAVED_VERSION
 from ..patching.saved_config import CONFIG_KEY
 
-_TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1, settings.NAME: 1}
+TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1, settings.NAME: 1}
 _MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each
 _AGAIN = "Download the checkpoint again (force_download=True), or calibrate the model and save it again."
 
@@ -44,7 +44,7 @@ def check_files(
     if not _names_polynomials(config):
         return
     if state_dict is not None:
-        _check_tensors("the state dict", state_dict.items())
+        check_tensors("the state dict", state_dict.items())
         return
     shards = {Path(name) for name in (sharded_metadata or {}).get("weight_map", {}).values()}
     for file in sorted({*shards, *map(Path, files or ())}):
@@ -59,7 +59,7 @@ def check_files(
                 f"{name} is not a safetensors file, and polynomial models are loaded from no other: a pickle can run "
                 "code. Load it where you trust it and save it again with save_pretrained."
             )
-        _check_tensors(name, _polynomial_tensors(name))
+        check_tensors(name, _polynomial_tensors(name))
 
 
 def check_loaded(model: nn.Module, info: Any, source: str) -> None:
@@ -106,7 +106,7 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             polynomials[path].settings = settings.encoded(polynomials[path].config, polynomials[path].place)
     saved = any(getattr(module, SAVED_MODULES, None) is not None for module in model.modules())
     for path, names in sorted(missing.items()):
-        if saved or len(names) < len(_TENSORS):
+        if saved or len(names) < len(TENSORS):
             raise CheckpointError(
                 f"{source}: {sorted(names)} of the polynomial {path!r} are missing, which config.json says is there. "
                 f"{_AGAIN} For a softmax checkpoint with a config written by hand, leave 'modules' out of {CONFIG_KEY}."
@@ -167,23 +167,24 @@ def _polynomial_tensors(file: str) -> Iterator[tuple[str, Any]]:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}. {_AGAIN}") from None
 
 
-def _check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises CheckpointError if one of the tensors is a polynomial's and unknown, of a wrong type or not finite."""
     for key, tensor in tensors:
         _, found, name = key.partition(f".{CHILD_NAME}.")
         if not found:
             continue
-        if name not in _TENSORS:
+        if name not in TENSORS:
             raise CheckpointError(
-                f"{source}: {key!r} is no tensor of a polynomial; there are {sorted(_TENSORS)}. "
+                f"{source}: {key!r} is no tensor of a polynomial; there are {sorted(TENSORS)}. "
                 "Install the hf_polyattn that wrote it: pip install --upgrade hf_polyattn."
             )
         if name == settings.NAME:
             settings.decoded(tensor, f"{source}: tensor {key!r}")
             continue
-        if not tensor.is_floating_point() or tensor.dim() != _TENSORS[name]:
+        if not tensor.is_floating_point() or tensor.dim() != TENSORS[name]:
             raise CheckpointError(
                 f"{source}: tensor {key!r} is {tensor.dtype} with shape {tuple(tensor.shape)}; it must be floating "
-                f"point with {_TENSORS[name]} dimensions. {_AGAIN}"
+                f"point with {TENSORS[name]} dimensions. {_AGAIN}"
             )
         value = tensor.float()
         if not value.isfinite().all():

@@ -70,7 +70,14 @@ def _install_building(model_class: Any) -> None:
         from ..patching.governing import armed_configs
 
         armed_configs(self)
-        return save(self, *args, **kwargs)
+        result = save(self, *args, **kwargs)
+        given = inspect.signature(save).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        if getattr(self, "_hf_peft_config_loaded", False) and given.arguments["is_main_process"]:
+            from .adapters import save_polynomials
+
+            save_polynomials(self, Path(given.arguments["save_directory"]), given.arguments["state_dict"])
+        return result
 
     model_class.post_init = post_init_with_polyattn
     model_class._initialize_weights = initialize_with_polyattn
@@ -113,8 +120,13 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
         return result
 
     @wraps(load_adapter)
-    def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load_adapter(self, *args, **kwargs)
+    def load_adapter_with_polyattn(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if peft_model_id is not None:
+            from .adapters import restore_polynomials
+
+            options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+            restore_polynomials(self, peft_model_id, alone=not getattr(self, "peft_config", None), **options)
+        result = load_adapter(self, peft_model_id, *args, **kwargs)
         refuse_adapter(getattr(result, "unexpected_keys", ()))
         return result
 
