@@ -59,13 +59,16 @@ def save_polynomials(model: nn.Module, folder: Path, state_dict: Mapping[str, Te
         save_file(tensors, partial, metadata=metadata)
 
 
-def restore_polynomials(model: nn.Module, source: Any, *, alone: bool = True, **options: Any) -> None:
+def restore_polynomials(
+    model: nn.Module, source: Any, *, alone: bool = True, again: bool = False, **options: Any
+) -> None:
     """Gives a base model the polynomials that an adapter was trained on; does nothing if the adapter has none.
 
     Args:
         model: the base model, or one with other adapters around it.
         source: folder or Hub id of the adapter.
         alone: whether the base model has no other adapter.
+        again: whether the model has this adapter and goes back to what it was, with polynomials that trained along.
         **options: of the download: subfolder, revision, token …
 
     Raises:
@@ -78,7 +81,7 @@ def restore_polynomials(model: nn.Module, source: Any, *, alone: bool = True, **
     state, config, tensors = _read(file)
     root = pretrained_model(model)
     if is_patched(root):
-        _take(root, file, state["modules"], tensors)
+        _take(root, file, state["modules"], tensors, again and alone)
         return
     if not alone:
         raise PatchError(
@@ -106,7 +109,7 @@ def _base_polynomials(root: nn.Module) -> dict[str, PolyAttention]:
     return {path: getattr(child, "original_module", child) for path, child in children.items()}
 
 
-def _take(root: Any, file: Path, specs: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _take(root: Any, file: Path, specs: Mapping[str, str], tensors: Mapping[str, Tensor], again: bool) -> None:
     """Checks that a patched base model has an adapter's polynomials; gives them to it if it is not calibrated yet."""
     ours = {bare_path(root, path): child for path, child in _base_polynomials(root).items()}
     found = {path: str(child.config.spec) for path, child in ours.items()}
@@ -126,7 +129,7 @@ def _take(root: Any, file: Path, specs: Mapping[str, str], tensors: Mapping[str,
             continue
         start = PolyAttention(child.config, child.heads, child.head_dim).state_dict()
         untouched = not child.config.interval and all(torch.equal(state[name].cpu(), start[name]) for name in start)
-        (fresh if untouched else different).append(path)
+        (fresh if untouched or again else different).append(path)
     if different:
         shown = f"{different[:5]}{' …' if len(different) > 5 else ''}"
         raise PatchError(
@@ -156,19 +159,19 @@ def _read(file: Path) -> tuple[dict[str, Any], PolyAttentionConfig, dict[str, Te
     """
     from safetensors import SafetensorError, safe_open
 
-    again = "Download the adapter again, or save it again."
+    advice = "Download the adapter again, or save it again."
     try:
         with safe_open(file, framework="pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             state = json.loads((content.metadata() or {}).get(CONFIG_KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. {again}") from None
+        raise CheckpointError(f"{file} cannot be read: {error}. {advice}") from None
     config = read_state(state, str(file))
     if "modules" not in state:
-        raise CheckpointError(f"{file}: its {CONFIG_KEY} names no modules. {again}")
+        raise CheckpointError(f"{file}: its {CONFIG_KEY} names no modules. {advice}")
     missing = sorted({_key(path, name) for path in state["modules"] for name in TENSORS} - tensors.keys())
     if missing:
-        raise CheckpointError(f"{file} lacks {missing[:5]}. {again}")
+        raise CheckpointError(f"{file} lacks {missing[:5]}. {advice}")
     check_tensors(str(file), tensors.items())
     return state, config, tensors
 

@@ -76,12 +76,13 @@ def install_on_peft(peft_model: Any) -> None:
 
     @wraps(load)
     def load_with_polyattn(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        _restore(model, model_id, not getattr(model, "peft_config", None), kwargs)
+        _restore(model, model_id, kwargs, alone=not getattr(model, "peft_config", None))
         return load(cls, model, model_id, *args, **kwargs)
 
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        _restore(self, model_id, not self.peft_config.keys() - {adapter_name}, kwargs)
+        others, again = self.peft_config.keys() - {adapter_name}, adapter_name in self.peft_config
+        _restore(self, model_id, kwargs, alone=not others, again=again)
         result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
         refuse_adapter(result.unexpected_keys)
         return result
@@ -91,11 +92,11 @@ def install_on_peft(peft_model: Any) -> None:
     model_class.load_adapter = load_adapter_with_polyattn
 
 
-def _restore(model: Any, source: Any, alone: bool, options: dict[str, Any]) -> None:
+def _restore(model: Any, source: Any, options: dict[str, Any], **state: bool) -> None:
     if _holds_a_model(model):
         from .adapters import restore_polynomials
 
-        restore_polynomials(model, source, alone=alone, **options)
+        restore_polynomials(model, source, **state, **options)
 
 
 def _holds_a_model(model: Any) -> bool:

@@ -178,6 +178,19 @@ def test_trained_copies_come_back_onto_softmax(patched: Any, softmax: Any, batch
         peft.PeftModel.from_pretrained(softmax(), tmp_path)
 
 
+def test_an_adapter_goes_back_to_a_checkpoint_of_its_own(patched: Any, batch: Any, tmp_path: Path) -> None:
+    """As `Trainer` does when it resumes, and for `load_best_model_at_end`."""
+    model, inputs = trained(patched()), batch("llama")
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for _, layer in patched_layers(model):  # unfrozen by their owner, and trained
+            layer.coefficients.mul_(1.0 + 0.5 * torch.rand(layer.coefficients.shape))
+    assert not torch.allclose(output(model, inputs), expected, rtol=0.01)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(output(model, inputs), expected)
+
+
 def test_patching_below_an_adapter_freezes_and_saves(softmax: Any, batch: Any, tmp_path: Path) -> None:
     inputs, model = batch("llama"), hp.patch_model(trained(softmax()), "poly3")
     hp.calibrate(model, [batch("llama", 4)], progress=False)
