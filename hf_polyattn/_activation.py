@@ -18,7 +18,9 @@ _HOOKS = {
     "transformers.configuration_utils": ("patching.saved_config", "install_on_configs"),  # imported before torch
     "transformers.modeling_utils": ("hub.hooks", "install_on_models"),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
-    "peft.peft_model": ("hub.hooks", "install_on_peft"),
+    "peft.utils.other": ("hub.peft_hooks", "install_on_wrappers"),
+    "peft.tuners.tuners_utils": ("hub.peft_hooks", "install_on_tuners"),
+    "peft.peft_model": ("hub.peft_hooks", "install_on_peft"),
 }
 
 

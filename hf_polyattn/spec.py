@@ -20,7 +20,7 @@ POWERS = (1, 2, 4, 8, 16, 32)
 MAX_DEGREE = 8
 MAX_REFINEMENTS = 2
 MAX_SQUARES = 64
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no settings beside the tensors and no row_shift; it is read
 
 GRAMMAR = (
     '("poly" | "taylor") degree ["^" power] ["~" refinements] ["-" normalizer], with degree 1..8, '
@@ -199,9 +199,9 @@ class PolyAttentionConfig:
                 "hf_polyattn, or patch and save the model again."
             )
         version = data["format_version"]
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise SpecError(
-                f"polyattn config has format_version {version!r}; this hf_polyattn reads {FORMAT_VERSION}. "
+                f"polyattn config has format_version {version!r}; this hf_polyattn reads 1 to {FORMAT_VERSION}. "
                 "Install the hf_polyattn that wrote it (pip install --upgrade hf_polyattn), or patch and save again."
             )
         known = {field.name for field in fields(cls)}

@@ -190,7 +190,7 @@ def test_calibration_survives_json() -> None:
     ("change", "message"),
     [
         ({"degree": 3, "kernel": "x"}, r"unknown keys \['degree', 'kernel'\]; known are \['backend', .*'squares'\]"),
-        ({"format_version": 2}, "format_version 2; this hf_polyattn reads 1"),
+        ({"format_version": 3}, "format_version 3; this hf_polyattn reads 1 to 2"),
         ({"format_version": None}, "format_version None"),
         ({"spec": "poly99"}, "spec 'poly99'"),
         ({"spec": None}, "a spec is a string, got NoneType"),

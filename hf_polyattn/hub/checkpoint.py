@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, PatchError
+from ..patching import settings
 from ..patching.attention import IMPLEMENTATIONS
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
-from ..patching.governing import SAVED_MODULES
+from ..patching.governing import SAVED_MODULES, SAVED_VERSION
 from ..patching.saved_config import CONFIG_KEY
 from ..spec import MAX_REFINEMENTS
 
+#: The tensors that every polynomial has.
+ALWAYS = ("coefficients", "center", "key_shift", "radius", settings.NAME)
 # Dimensions of each tensor. A refinement's are below "refinements.<number>.".
-_TENSORS = {
-    **{"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1},
+TENSORS = {
+    **{"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1, settings.NAME: 1},
     **{f"moments.{name}": 2 for name in ("weights", "length_shift", "means", "scales")},
     **{"moments.squares": 3, "moments.lengths": 1},
     **{f"refinements.{number}.{name}": dims
@@ -53,7 +56,7 @@ def check_files(
     if not _names_polynomials(config):
         return
     if state_dict is not None:
-        _check_tensors("the state dict", state_dict.items())
+        check_tensors("the state dict", state_dict.items())
         return
     shards = {Path(name) for name in (sharded_metadata or {}).get("weight_map", {}).values()}
     for file in sorted({*shards, *map(Path, files or ())}):
@@ -68,13 +71,14 @@ def check_files(
                 f"{name} is not a safetensors file, and polynomial models are loaded from no other: a pickle can run "
                 "code. Load it where you trust it and save it again with save_pretrained."
             )
-        _check_tensors(name, _polynomial_tensors(name))
+        check_tensors(name, _polynomial_tensors(name))
 
 
 def check_loaded(model: nn.Module, info: Any, source: str) -> None:
     """Checks that a model got every polynomial that its config names, and no other, from its checkpoint.
 
-    A config written by hand beside a softmax checkpoint names no modules: all of its polynomials may be missing.
+    A config written by hand beside a softmax checkpoint names no modules: all of its polynomials may be missing, and
+    those are marked for Transformers to initialize.
 
     Args:
         model: loaded, its missing tensors not yet set.
@@ -101,11 +105,17 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
                 f"and the spec {layer.config.spec} need {tuple(needed)}. config.json and the weights are of different "
                 "models; save the model again with save_pretrained."
             )
-    missing = defaultdict(set)
+    missing: dict[str, set[str]] = defaultdict(set)
     for key in info.missing_keys:
         path, name = _owner(key, polynomials)
         if path is not None:
             missing[path].add(name)
+    versions = {getattr(module, SAVED_VERSION, None) for module in model.modules()}
+    if 1 in versions:  # which had no settings
+        for path in [path for path, names in missing.items() if names == {settings.NAME}]:
+            del missing[path]
+            info.missing_keys.discard(f"{path}.{settings.NAME}")
+            polynomials[path].settings = settings.encoded(polynomials[path].config, polynomials[path].place)
     saved = any(getattr(module, SAVED_MODULES, None) is not None for module in model.modules())
     for path, names in sorted(missing.items()):
         if saved or len(names) < len(polynomials[path].state_dict()):
@@ -113,6 +123,9 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
                 f"{source}: {sorted(names)} of the polynomial {path!r} are missing, which config.json says is there. "
                 f"{_AGAIN} For a softmax checkpoint with a config written by hand, leave 'modules' out of {CONFIG_KEY}."
             )
+        polynomials[path]._is_hf_initialized = False
+    for path, layer in polynomials.items():
+        _take_settings(layer, f"{source}: {path}.{settings.NAME}", f"{path}.{settings.NAME}" in info.missing_keys)
     absent = _absent_modules(model, info.unexpected_keys)
     if absent:
         raise CheckpointError(
@@ -136,6 +149,20 @@ def _owner(key: str, polynomials: Mapping[str, PolyAttention]) -> tuple[str | No
         if path in polynomials:
             return path, name
     return None, key
+
+
+def _take_settings(layer: PolyAttention, source: str, missing: bool) -> None:
+    """Gives a loaded polynomial the settings that were loaded with it, and freezes what it does not train."""
+    if not missing and not layer.settings.is_meta:
+        layer.settings = layer.settings.to(torch.uint8)  # "keep in float32" casts all tensors of a module
+        found = settings.restored(layer.config, layer.settings, source)
+        if found.spec != layer.config.spec:
+            raise CheckpointError(
+                f"{source} is of the polynomial {found.spec}, but config.json says {layer.config.spec}. They are of "
+                "different models; save the model again with save_pretrained."
+            )
+        layer.config = found
+    layer.freeze_unused()
 
 
 def _names_polynomials(config: PreTrainedConfig) -> bool:
@@ -163,20 +190,24 @@ def _polynomial_tensors(file: str) -> Iterator[tuple[str, Any]]:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}. {_AGAIN}") from None
 
 
-def _check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises CheckpointError if one of the tensors is a polynomial's and unknown, of a wrong type or not finite."""
     for key, tensor in tensors:
         _, found, name = key.partition(f".{CHILD_NAME}.")
         if not found:
             continue
-        if name not in _TENSORS:
+        if name not in TENSORS:
             raise CheckpointError(
-                f"{source}: {key!r} is no tensor of a polynomial; there are {sorted(_TENSORS)}. "
+                f"{source}: {key!r} is no tensor of a polynomial; there are {sorted(TENSORS)}. "
                 "Install the hf_polyattn that wrote it: pip install --upgrade hf_polyattn."
             )
-        if not tensor.is_floating_point() or tensor.dim() != _TENSORS[name]:
+        if name == settings.NAME:
+            settings.decoded(tensor, f"{source}: tensor {key!r}")
+            continue
+        if not tensor.is_floating_point() or tensor.dim() != TENSORS[name]:
             raise CheckpointError(
                 f"{source}: tensor {key!r} is {tensor.dtype} with shape {tuple(tensor.shape)}; it must be floating "
-                f"point with {_TENSORS[name]} dimensions. {_AGAIN}"
+                f"point with {TENSORS[name]} dimensions. {_AGAIN}"
             )
         value = tensor.float()
         if not value.isfinite().all():

@@ -1,6 +1,6 @@
 """Saving and loading: patched models go through `save_pretrained` and `from_pretrained` like any others.
 
-The hooks that importing `hf_polyattn` installs, on `PreTrainedModel`, on `Trainer` and on PEFT. They may run in
+The hooks that importing `hf_polyattn` installs on `PreTrainedModel` and on `Trainer`. They may run in
 the middle of any import of Transformers, so this file imports nothing that needs `transformers.modeling_utils`.
 """
 
@@ -41,8 +41,9 @@ def install_on_models(modeling_utils: Any) -> None:
 def _install_building(model_class: Any) -> None:
     """Makes models build the polynomial modules that their config names, and name those that they have.
 
-    `post_init` runs for every model and submodel once its modules exist, `_initialize_weights` fills parameters that a
-    checkpoint does not have, and `save_pretrained` writes the config of a model whose submodel was patched by itself.
+    `post_init` runs for every model and submodel once its modules exist; `_initialize_weights` fills polynomials that
+    a checkpoint does not have, and no others: not those of a patched model that becomes part of another one;
+    `save_pretrained` writes the config of a model whose submodel was patched by itself.
     """
     post_init, initialize, save = model_class.post_init, model_class._initialize_weights, model_class.save_pretrained
 
@@ -59,19 +60,24 @@ def _install_building(model_class: Any) -> None:
     def initialize_with_polyattn(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(module, PolyAttention):
             initialize(self, module, *args, **kwargs)
-        elif not getattr(module, "_is_hf_initialized", False):
-            if not all(
-                getattr(tensor, "_is_hf_initialized", False) for tensor in module.state_dict(keep_vars=True).values()
-            ):
-                module.reset_parameters()  # all of it is missing: of a part, `check_loaded` has complained
-            module._is_hf_initialized = True  # type: ignore[assignment]
+        elif not module._is_hf_initialized:  # the loader found it missing
+            module.reset_parameters()
+            module.freeze_unused()
+            module._is_hf_initialized = True
 
     @wraps(save)
     def save_with_guard(self: Any, *args: Any, **kwargs: Any) -> Any:
         from ..patching.governing import armed_configs
 
         armed_configs(self)
-        return save(self, *args, **kwargs)
+        result = save(self, *args, **kwargs)
+        given = inspect.signature(save).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        if getattr(self, "_hf_peft_config_loaded", False) and given.arguments["is_main_process"]:
+            from .adapters import save_polynomials
+
+            save_polynomials(self, Path(given.arguments["save_directory"]), given.arguments["state_dict"])
+        return result
 
     model_class.post_init = post_init_with_polyattn
     model_class._initialize_weights = initialize_with_polyattn
@@ -114,9 +120,14 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
         return result
 
     @wraps(load_adapter)
-    def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load_adapter(self, *args, **kwargs)
-        _refuse_adapter(getattr(result, "unexpected_keys", ()))
+    def load_adapter_with_polyattn(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if peft_model_id is not None:
+            from .adapters import restore_polynomials
+
+            options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+            restore_polynomials(self, peft_model_id, alone=not getattr(self, "peft_config", None), **options)
+        result = load_adapter(self, peft_model_id, *args, **kwargs)
+        refuse_adapter(getattr(result, "unexpected_keys", ()))
         return result
 
     modeling_utils._get_dtype = get_dtype_with_polyattn
@@ -214,21 +225,7 @@ def install_on_trainer(trainer: Any) -> None:
     trainer_class.push_to_hub = push_with_card
 
 
-def install_on_peft(peft_model: Any) -> None:
-    """Makes PEFT refuse an adapter with trained polynomials (`modules_to_save`) on a model that has none."""
-    model_class = peft_model.PeftModel
-    load_adapter = model_class.load_adapter
-
-    @wraps(load_adapter)
-    def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load_adapter(self, *args, **kwargs)
-        _refuse_adapter(result.unexpected_keys)
-        return result
-
-    model_class.load_adapter = load_adapter_with_polyattn
-
-
-def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:
+def refuse_adapter(unexpected_keys: Iterable[str]) -> None:
     """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax."""
     from .checkpoint import polynomial_paths
 

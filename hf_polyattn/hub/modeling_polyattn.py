@@ -10,6 +10,7 @@ Made by `hf_polyattn.export_remote_code`; below stand the classes and the heads 
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -28,6 +29,8 @@ except ImportError:
 NAME = "polyattn (pip install hf_polyattn)"  # what config.json calls this attention; refusals quote it
 ROWS_AT_ONCE = 256  # queries whose weights are formed together
 EPSILON = 1e-37
+SWITCHES = ("interval", "clamp", "key_shift")
+SHIFT = ("row_shift", "squares")
 FIX = "pip install hf_polyattn, and import it before loading this model."
 
 
@@ -53,8 +56,6 @@ class PolyAttention(nn.Module):
         settings: the model's `polyattn_config`.
     """
 
-    radius: Tensor
-
     def __init__(self, spec: str, heads: int, head_dim: int, settings: dict[str, Any]) -> None:
         super().__init__()
         match = re.fullmatch(
@@ -63,14 +64,14 @@ class PolyAttention(nn.Module):
         if match is None:
             raise ValueError(f"this file does not know the polynomial {spec!r}. {FIX}")
         self.power, self.normalizer = int(match[2] or 1), match[4] or "rsqrt"
-        self.interval, self.clamp, self.key_shifted = (settings[name] for name in ("interval", "clamp", "key_shift"))
+        self.interval, self.clamp, self.key_shifted = (settings[name] for name in SWITCHES)
         # n_i^(−alpha) is the row scale, and the row sum of a refinement has the same
         self.alpha = {"rsqrt": 0.5, "mean": 1.0}.get(self.normalizer, 0.0)
         rows = heads if settings["granularity"] == "head" else 1
         self.coefficients = nn.Parameter(torch.empty(rows, int(match[1]) + 1, dtype=torch.float32))
         self.center = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
-        self.register_buffer("radius", torch.empty(heads, dtype=torch.float32))
+        self.radius = nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=False)
         squares = settings.get("squares", 0)
         self.moments = None
         if settings.get("row_shift") == "moments":
@@ -85,6 +86,9 @@ class PolyAttention(nn.Module):
             "radius": (heads,),
         }
         self.refinements = nn.ModuleList(_Tensors(**shapes) for _ in range(int(match[3] or 0)))
+        self.expected = {"version": 2, "spec": spec, **{name: settings.get(name) for name in (*SWITCHES, *SHIFT)}}
+        if settings["format_version"] > 1:
+            self.register_buffer("settings", torch.zeros(256, dtype=torch.uint8))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, dropout: float
@@ -219,14 +223,19 @@ class PolynomialModel(PreTrainedModel):  # type: ignore[misc]
         missing = sorted(key for key in info["missing_keys"] if ".polyattn." in key)
         if missing:
             raise ValueError(f"the checkpoint lacks {missing[:4]}, which its config names; download it again")
+        for path, module in model.named_modules():
+            if hf_polyattn is None and isinstance(module, PolyAttention) and hasattr(module, "settings"):
+                module.settings = module.settings.to(torch.uint8)
+                if json.loads(bytes(module.settings.tolist()).rstrip(b"\0")) != module.expected:
+                    raise ValueError(f"the settings of {path} are not those of config.json, which is followed. {FIX}")
         return (model, info) if wanted else model
 
 
 def attach(model: Any) -> None:
     """Adds a `PolyAttention` to each attention module that the config names and the model has."""
     settings = model.config.polyattn_config
-    if settings.get("format_version") != 1:
-        raise ValueError(f"this file reads polyattn_config of format_version 1, not of a later one. {FIX}")
+    if settings.get("format_version") not in (1, 2):
+        raise ValueError(f"this file reads polyattn_config of format_version 1 and 2, not of a later one. {FIX}")
     modules, prefix, count = dict(model.named_modules()), model.base_model_prefix, 0
     for path, spec in settings["modules"].items():
         module = modules.get(f"{prefix}.{path}", modules.get(path))

@@ -16,6 +16,7 @@ from ..ops.api import autocast_inputs
 from ..ops.call import compute_dtype
 from ..ops.masks import visible_keys
 from ..spec import PolyAttentionConfig, Polynomial
+from . import settings
 from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
 CHILD_NAME = "polyattn"
@@ -31,13 +32,16 @@ class PolyAttention(nn.Module):
         coefficients: Parameter (H, P + 1), or (1, P + 1) with granularity `layer`; ascending powers of t.
         center: Parameter (H,); used once `config.interval` is set.
         key_shift: Parameter (H, D), μ_h; used once `config.key_shift` is set.
-        radius: buffer (H,), positive; used once `config.interval` is set.
+        radius: Parameter (H,), positive, without gradient; used once `config.interval` is set. It is no buffer, because
+            Accelerate leaves buffers where they are when it offloads a checkpoint's weights.
+        settings: buffer uint8 (256,), what of the config the tensors' meaning depends on; loading a state dict
+            restores it into the config. See `settings.py`.
         moments: a `MomentShift` where `config.row_shift` is moments.
         refinements: a `Refinement` for each that the spec asks for.
         config: the `PolyAttentionConfig` this module was made from; replaced by calibration.
         observer: while set, the module's attention runs softmax and the observer sees its inputs and output.
 
-    All tensors stay float32 when the model is cast to a lower precision.
+    All but the settings stay float32 when the model is cast to a lower precision.
 
     Args:
         config: what to be.
@@ -49,9 +53,12 @@ class PolyAttention(nn.Module):
     coefficients: nn.Parameter
     center: nn.Parameter
     key_shift: nn.Parameter
-    radius: Tensor
+    radius: nn.Parameter
+    settings: Tensor
     moments: MomentShift | None
     refinements: nn.ModuleList | None
+    # What Transformers asks before it initializes a module: only its loader knows that something is missing.
+    _is_hf_initialized: bool = True
 
     def __init__(
         self, config: PolyAttentionConfig, heads: int, head_dim: int, device: torch.device | str | None = None
@@ -67,21 +74,28 @@ class PolyAttention(nn.Module):
         self.coefficients = nn.Parameter(torch.empty(rows, config.spec.degree + 1, **options))
         self.center = nn.Parameter(torch.empty(heads, **options))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, **options))
-        self.register_buffer("radius", torch.empty(heads, **options))
+        self.radius = nn.Parameter(torch.empty(heads, **options), requires_grad=False)
+        self.register_buffer(settings.NAME, settings.encoded(config, self.place))
         self.moments = self.refinements = None
         self.configure(config)
         self.reset_parameters()
 
+    @property
+    def place(self) -> torch.device | None:
+        """Where the parameters are; None for those on the meta device, which will be elsewhere."""
+        return None if self.coefficients.is_meta else self.coefficients.device
+
     def configure(self, config: PolyAttentionConfig) -> None:
-        """Replaces the config and freezes the parameters that it does not use or does not train."""
+        """Replaces the config, and freezes the parameters that it does not use or does not train.
+
+        Frozen coefficients that the config before would have trained were frozen by somebody, and stay so.
+        """
+        trained = config.learnable and (self.coefficients.requires_grad or not self.config.learnable)
         self.config = config
         self._fit_row_shift()
-        self.coefficients.requires_grad_(config.learnable)
-        self.center.requires_grad_(config.learnable and config.interval)
-        self.key_shift.requires_grad_(config.learnable and config.key_shift)
-        for part in (self.moments, self.refinements):
-            if part is not None:
-                part.requires_grad_(config.learnable)
+        self.train_polynomial(trained)
+        self.write_settings()
+        self.freeze_unused()
 
     def _fit_row_shift(self) -> None:
         """Makes the parts of the row shift that the config asks for, of its sizes, and drops the others."""
@@ -92,6 +106,36 @@ class PolyAttention(nn.Module):
             if part is None or current is None or _sizes(part) != _sizes(current):
                 setattr(self, name, part)
 
+    @torch.no_grad()
+    def write_settings(self) -> None:
+        """Brings the settings up to date with the config."""
+        if not self.settings.is_meta:
+            self.settings.copy_(settings.encoded(self.config))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + settings.NAME
+        if key in state_dict:
+            self.configure(settings.restored(self.config, state_dict[key], key))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def train_polynomial(self, trained: bool) -> None:
+        """Makes all that a polynomial can learn ask for gradients, or nothing of it."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trained and _learns(name))
+
+    def freeze_unused(self) -> None:
+        """Freezes what gets no gradient under the config, whatever loaded, copied or wrapped the parameters."""
+        config = self.config
+        used = {"center": config.interval, "key_shift": config.key_shift, "moments.squares": config.squares > 0}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not (config.learnable and _learns(name) and used.get(name, True)):
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PolyAttention:
+        """Sets the module's mode; before a training, freezes what a model's `requires_grad_(True)` should not reach."""
+        self.freeze_unused()
+        return super().train(mode)
+
     def change_spec(self, spec: Polynomial) -> None:
         """Takes another polynomial, uncalibrated; center, radius and key shift stay as they are."""
         rows, trained = self.coefficients.shape[0], self.coefficients.requires_grad
@@ -99,6 +143,7 @@ class PolyAttention(nn.Module):
         self._fit_row_shift()
         self.coefficients = nn.Parameter(self.coefficients.new_empty(rows, spec.degree + 1), requires_grad=trained)
         self._reset_coefficients()
+        self.write_settings()
 
     @torch.no_grad()
     def _reset_coefficients(self) -> None:
@@ -107,7 +152,7 @@ class PolyAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the spec's uncalibrated coefficients, center 0, radius 1 and no key shift."""
+        """Sets the spec's uncalibrated coefficients, center 0, radius 1 and no key shift; the config stays."""
         self._reset_coefficients()
         self.center.zero_()
         self.key_shift.zero_()
@@ -115,6 +160,7 @@ class PolyAttention(nn.Module):
         for part in (self.moments, *(self.refinements or ())):
             if part is not None:
                 part.reset_parameters()
+        self.write_settings()
 
     def forward(
         self,
@@ -151,7 +197,7 @@ class PolyAttention(nn.Module):
             power=config.spec.power,
             normalizer=config.spec.normalizer,
             center=center,
-            radius=self.radius if config.interval else 1.0,
+            radius=self.radius.detach() if config.interval else 1.0,
             clamp=config.clamp,
             monomial=self._is_monomial(),
             dropout=dropout,
@@ -274,7 +320,10 @@ class PolyAttention(nn.Module):
                 return tensor.to(applied.device)
             return applied
 
+        empty = self.coefficients.is_meta
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        if empty and not self.coefficients.is_meta:  # `to_empty`, whose memory is nobody's yet
+            self.reset_parameters()
         return self
 
     def extra_repr(self) -> str:
@@ -284,6 +333,13 @@ class PolyAttention(nn.Module):
         parts += [name for name in ("interval", "clamp") if getattr(config, name)]
         parts += [f"row_shift={config.row_shift}"] if config.row_shift != "none" else []
         return ", ".join(parts)
+
+
+def _learns(name: str) -> bool:
+    """Whether a parameter can be trained: places of intervals and sizes of features are those of calibration."""
+    return not name.endswith(("radius", "means", "scales", "lengths")) and not (
+        name.startswith("refinements.") and name.endswith("center")
+    )
 
 
 def _sizes(part: nn.Module) -> dict[str, torch.Size]:

@@ -14,23 +14,28 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import BackendError, PatchError, SpecError
 from ..ops.backends import check_name
 from ..spec import PolyAttentionConfig, Polynomial
+from . import settings
 from .attention import IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION
 from .core import CHILD_NAME, PolyAttention
 from .families import attention_sites
+from .ownership import claim_configs, is_part_of_a_build, own_configs, owner_of
 from .patched import active_child, bare_path, patched_layers, patched_modules, pretrained_model, require_patched
 from .saved_config import CONFIG_KEY, read_state
 from .selection import new_child, why_not
 
 # Where a model keeps the `modules` of the config that it was built from; None if that was written by hand.
 SAVED_MODULES = "_polyattn_saved_modules"
+# Where it keeps the `format_version` of that config.
+SAVED_VERSION = "_polyattn_saved_version"
 
 
 @dataclass(frozen=True, slots=True)
 class GoverningConfig:
-    """A config whose `_attn_implementation` decides for patched modules, and the specs of those below its owner."""
+    """A config whose `_attn_implementation` decides for patched modules, the specs of those below, and the first."""
 
     config: PreTrainedConfig
     specs: dict[str, str]
+    child: PolyAttention
 
 
 def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
@@ -42,34 +47,41 @@ def governing_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     patched = patched_modules(root)
     if not patched:  # any softmax model asks, when it is built and saved
         return []
-    specs = {path: str(active_child(module).config.spec) for path, module in patched}
+    children = {path: active_child(module) for path, module in patched}
     found: dict[int, GoverningConfig] = {}
     for prefix, submodel in root.named_modules():
         if isinstance(submodel, PreTrainedModel) and id(submodel.config) not in found:
-            below = {
-                bare_path(submodel, path[len(prefix) :].lstrip(".")): spec
-                for path, spec in specs.items()
-                if _is_below(path, prefix)
-            }
+            below = {path: child for path, child in children.items() if _is_below(path, prefix)}
             if below:
-                found[id(submodel.config)] = GoverningConfig(submodel.config, below)
-    for _, module in patched:
-        found.setdefault(id(module.config), GoverningConfig(module.config, {}))
+                specs = {
+                    bare_path(submodel, path[len(prefix) :].lstrip(".")): str(child.config.spec)
+                    for path, child in below.items()
+                }
+                found[id(submodel.config)] = GoverningConfig(submodel.config, specs, next(iter(below.values())))
+    for path, module in patched:
+        found.setdefault(id(module.config), GoverningConfig(module.config, {}, children[path]))
     return list(found.values())
 
 
 def armed_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     """Returns the governing configs of a patched model, each with its guard.
 
-    Where a submodel was patched or unpatched by itself, the models around it do not know: their configs learn it here.
+    Where a submodel was patched, unpatched or loaded by itself, the models around it do not know: their configs learn
+    it here.
     """
     owners = governing_configs(root)
+    if any(not hasattr(owner.config, CONFIG_KEY) for owner in owners):
+        own_configs(root)
+        owners = governing_configs(root)
     for owner in owners:
         if hasattr(owner.config, CONFIG_KEY):
-            getattr(owner.config, CONFIG_KEY)["modules"] = owner.specs
+            # A state dict that was loaded may have brought other settings.
+            switches = {name: getattr(owner.child.config, name) for name in settings.FIELDS if name != "spec"}
+            getattr(owner.config, CONFIG_KEY).update(switches, modules=owner.specs)
         else:
             arm(owner, patched_layers(root)[0][1].config, owner.config._attn_implementation)
     if not owners and hasattr(root.config, CONFIG_KEY):
+        own_configs(root)
         disarm(root.config)
     return owners
 
@@ -88,6 +100,9 @@ def attach_saved(model: PreTrainedModel) -> None:
     if state is None:
         armed_configs(model)  # a submodel may have come patched
         return
+    if _is_armed(model.config) and owner_of(model.config) not in set(model.modules()) and not is_part_of_a_build(model):
+        own_configs(model)  # it was another model's
+        state = getattr(model.config, CONFIG_KEY)
     source = f"the config of {model.config.name_or_path or type(model).__name__}"
     config = read_state(state, source)
     try:
@@ -98,6 +113,8 @@ def attach_saved(model: PreTrainedModel) -> None:
     inner = [part for part in model.modules() if part is not model and getattr(part, "config", None) is model.config]
     noted = [getattr(part, SAVED_MODULES) for part in inner if hasattr(part, SAVED_MODULES)]
     setattr(model, SAVED_MODULES, noted[0] if noted else specs)
+    versions = [getattr(part, SAVED_VERSION) for part in inner if hasattr(part, SAVED_VERSION)]
+    setattr(model, SAVED_VERSION, versions[0] if versions else state["format_version"])
     for site in attention_sites(model):
         if specs is None:  # written by hand beside a softmax checkpoint
             own = config.spec_of(site.layer) if why_not(site, config) is None else None
@@ -111,9 +128,11 @@ def attach_saved(model: PreTrainedModel) -> None:
             )
         if CHILD_NAME not in site.module._modules:
             site.module.add_module(CHILD_NAME, new_child(site, dataclasses.replace(config, spec=own, layer_specs=())))
+    if not _is_armed(model.config) or owner_of(model.config) in set(model.modules()):
+        claim_configs(model)
     for owner in governing_configs(model):
         softmax = owner.config._attn_implementation
-        if softmax in IMPLEMENTATIONS and "attn_implementation" in vars(owner.config):  # armed: a submodel came first
+        if softmax in IMPLEMENTATIONS and _is_armed(owner.config):  # a submodel came first
             softmax = getattr(owner.config, CONFIG_KEY)["softmax_implementation"]
         elif softmax in IMPLEMENTATIONS:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
@@ -162,6 +181,10 @@ def arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementati
     setattr(owner.config, CONFIG_KEY, state)
     owner.config.attn_implementation = SAVED_IMPLEMENTATION
     owner.config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _is_armed(config: PreTrainedConfig) -> bool:
+    return "attn_implementation" in vars(config)
 
 
 def disarm(config: PreTrainedConfig) -> None:

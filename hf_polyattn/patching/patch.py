@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from ..errors import PatchError
 from ..ops.backends import check_name
 from ..spec import PolyAttentionConfig, Polynomial
-from .core import CHILD_NAME, is_patched
+from .core import CHILD_NAME, PolyAttention, is_patched
 from .description import table_of
 from .families import AttentionSite, attention_sites
 from .governing import arm, armed_configs, disarm, governing_configs
+from .ownership import own_configs
 from .patched import active_child, patched_modules, pretrained_model, require_patched
 from .saved_config import CONFIG_KEY
 from .selection import new_child, own_config, why_not
@@ -36,6 +37,8 @@ def patch_model(
 ) -> AnyModule:
     """Makes the attention of a pretrained model polynomial, in place; its weights stay untouched.
 
+    `model.config` becomes a copy of what it was: other models built from the same config object stay as they are.
+
     Args:
         model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a PEFT,
             DDP or compiled wrapper around one.
@@ -47,7 +50,7 @@ def patch_model(
         dry_run: check, print what would happen and change nothing.
 
     Returns:
-        The same model.
+        The same model. In one that has adapters of PEFT, polynomials are frozen like the rest of the base model.
 
     Raises:
         SpecError: the config cannot be read.
@@ -75,12 +78,23 @@ def patch_model(
         return model
 
     chosen = [site for site in sites if why_not(site, config) is None]
-    children = [new_child(site, config) for site in chosen]
-    for site, child in zip(chosen, children, strict=True):
-        site.module.add_module(CHILD_NAME, child)
-    for owner in governing_configs(root):
-        arm(owner, config, softmax_implementation=owner.config._attn_implementation)
+    children = [(site, new_child(site, config)) for site in chosen]
+    adapters = getattr(root, "peft_config", None)
+    if adapters:
+        _require_no_copies(adapters)
+        for _, child in children:
+            child.train_polynomial(False)
+    put_in(model, children, config)
     return model
+
+
+def put_in(model: nn.Module, children: list[tuple[AttentionSite, PolyAttention]], config: PolyAttentionConfig) -> None:
+    """Gives attention modules of a softmax model, or of the one inside of a wrapper, their polynomials."""
+    for site, child in children:
+        site.module.add_module(CHILD_NAME, child)
+    own_configs(model)
+    for owner in governing_configs(pretrained_model(model)):
+        arm(owner, config, softmax_implementation=owner.config._attn_implementation)
 
 
 def unpatch_model(model: AnyModule) -> AnyModule:
@@ -131,6 +145,16 @@ def _merge(
     given = {"layers": layers, "include": include, "exclude": exclude, "cross_attention": cross_attention}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, **changes)
+
+
+def _require_no_copies(adapters: Mapping[str, Any]) -> None:
+    """Raises PatchError if adapters were to train polynomials that were not there when PEFT made its copies."""
+    names = [name for name, given in adapters.items() if CHILD_NAME in (getattr(given, "modules_to_save", None) or ())]
+    if names:
+        raise PatchError(
+            f"the adapters {names} have modules_to_save={[CHILD_NAME]}, but were made before there were polynomials "
+            "and would neither train nor save them. Call patch_model(base_model, spec) before get_peft_model."
+        )
 
 
 def _require_patchable(root: PreTrainedModel, sites: list[AttentionSite], config: PolyAttentionConfig) -> None:

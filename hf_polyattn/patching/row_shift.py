@@ -66,13 +66,11 @@ class MomentShift(nn.Module):
         weights: Parameter (H, 8 + R), nats for one standard deviation of a feature.
         length_shift: Parameter (H, D), ν.
         squares: Parameter (H, R, D), u.
-        means, scales: buffers (H, 8 + R), of the features on the calibration rows.
-        lengths: buffer (2,), the fewest and the most keys that a calibration row saw.
+        means, scales: Parameters (H, 8 + R) without gradient, of the features on the calibration rows.
+        lengths: Parameter (2,) without gradient, the fewest and the most keys that a calibration row saw.
     """
 
-    means: Tensor
-    scales: Tensor
-    lengths: Tensor
+    _is_hf_initialized: bool = True
 
     def __init__(self, heads: int, head_dim: int, squares: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -81,9 +79,10 @@ class MomentShift(nn.Module):
         self.weights = nn.Parameter(torch.empty(heads, count, **options))
         self.length_shift = nn.Parameter(torch.empty(heads, head_dim, **options))
         self.squares = nn.Parameter(torch.empty(heads, squares, head_dim, **options))
-        for name in ("means", "scales"):
-            self.register_buffer(name, torch.empty(heads, count, **options))
-        self.register_buffer("lengths", torch.empty(2, **options))
+        self.means, self.scales, self.lengths = (  # no buffers, which Accelerate does not offload
+            nn.Parameter(torch.empty(shape, **options), requires_grad=False)
+            for shape in ((heads, count), (heads, count), (2,))
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -114,21 +113,19 @@ class Refinement(nn.Module):
 
     Attributes:
         coefficients: Parameter (H, P + 1) or (1, P + 1), of the polynomial that is summed.
-        center: buffer (H,), of its interval, from the center of the attention's own.
-        radius: buffer (H,), of its interval.
+        center: Parameter (H,) without gradient, of its interval, from the center of the attention's own.
+        radius: Parameter (H,) without gradient, of its interval.
         steps: Parameter (H, 5), of g, ascending powers.
     """
 
-    center: Tensor
-    radius: Tensor
+    _is_hf_initialized: bool = True
 
     def __init__(self, rows: int, heads: int, degree: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.coefficients = nn.Parameter(torch.empty(rows, degree + 1, **options))
         self.steps = nn.Parameter(torch.empty(heads, STEPS, **options))
-        self.register_buffer("center", torch.empty(heads, **options))
-        self.register_buffer("radius", torch.empty(heads, **options))
+        self.center, self.radius = (nn.Parameter(torch.empty(heads, **options), requires_grad=False) for _ in range(2))
         self.reset_parameters()
 
     @torch.no_grad()

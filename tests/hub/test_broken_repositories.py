@@ -147,6 +147,18 @@ def heavy_config(folder: Path) -> None:
     file.write_text(file.read_text() + " " * (17 * 2**20))
 
 
+def settings(**changes: Any) -> Break:
+    """Edits the settings beside the first polynomial."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        content = json.loads(bytes(tensors[f"{FIRST}.settings"].tolist()).rstrip(b"\0")) | changes
+        tensors[f"{FIRST}.settings"] = torch.tensor(
+            list(json.dumps(content).encode().ljust(256, b"\0")), dtype=torch.uint8
+        )
+
+    return weights(change)
+
+
 CHECKPOINT, SPEC, PATCH = hp.CheckpointError, hp.SpecError, hp.PatchError
 BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
     # name: how, the error, what its message says
@@ -160,6 +172,12 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
     "shard-anywhere": (sharded("/etc/shadow.safetensors"), CHECKPOINT, "'/etc/shadow.safetensors', outside"),
     "nan-coefficient": (fill("coefficients", float("nan")), CHECKPOINT, rf"model.safetensors.*{FIRST}.coef.*has NaN"),
     "inf-radius": (fill("radius", float("inf")), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*has NaN or inf"),
+    "no-settings": (weights(lambda tensors: tensors.pop(f"{FIRST}.settings")), CHECKPOINT, r"\['settings'\] of the"),
+    "settings-of-the-future": (settings(version=99), CHECKPOINT, rf"{FIRST}.settings' has version 99.*--upgrade"),
+    "settings-unknown": (settings(row_sums=1), CHECKPOINT, rf"{FIRST}.settings' has unknown fields \['row_sums'\]"),
+    "settings-of-another": (settings(spec="poly3-l1"), CHECKPOINT, rf"{FIRST}.settings is of .*poly3-l1, but conf"),
+    "settings-garbled": (fill("settings", 7), CHECKPOINT, rf"{FIRST}.settings' holds no JSON"),
+    "settings-short": (reshape("settings", lambda t: t[:9]), CHECKPOINT, r"settings' is torch.uint8 with shape \(9,\)"),
     "zero-radius": (fill("radius", 0.0), CHECKPOINT, rf"model.safetensors.*{FIRST}.radius.*must be positive"),
     "nan-center": (fill("center", float("nan")), CHECKPOINT, rf"{FIRST}.center.*has NaN"),
     "nan-key-shift": (fill("key_shift", float("nan")), CHECKPOINT, rf"{FIRST}.key_shift.*has NaN"),
@@ -187,7 +205,7 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
         lambda folder: (config(lambda c: c.pop("polyattn_config"))(folder), weights(without_polynomials)(folder)),
         PATCH, "there is no polyattn_config",
     ),
-    "version-from-the-future": (state(format_version=2), SPEC, "config.json.*format_version 2.*pip install --upgrade"),
+    "version-from-the-future": (state(format_version=3), SPEC, "config.json.*format_version 3.*pip install --upgrade"),
     "version-missing": (state(format_version=...), SPEC, "config.json.*no format_version"),
     "version-of-a-wrong-type": (state(format_version=True), SPEC, "config.json.*format_version True"),
     "extra-keys": (state(kernel="x", url="y"), SPEC, r"config.json.*unknown keys \['kernel', 'url'\]"),

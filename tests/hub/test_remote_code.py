@@ -59,7 +59,9 @@ with torch.no_grad():
     logits = model(**case["inputs"])[0]
 error = lambda name: float((logits - case[name]).abs().max() / case[name].abs().max())
 low = auto_class.from_pretrained(file, trust_remote_code=True, dtype=torch.bfloat16)
-kinds = {str(value.dtype) for key, value in low.half().state_dict().items() if "polyattn" in key}
+low.half()
+low.half()
+kinds = {str(value.dtype) for key, value in low.named_parameters() if "polyattn" in key}
 try:
     model(**case["inputs"], output_attentions=True)
 except ValueError as refusal:

@@ -212,7 +212,7 @@ def test_trainer_trains_saves_and_resumes(
     first = trainer(model, max_steps=3, save_steps=2)
     first.train()
     for key, value in model.state_dict().items():
-        assert torch.equal(value, start[key]) is key.endswith("polyattn.radius"), key
+        assert torch.equal(value, start[key]) is key.endswith(("polyattn.radius", "polyattn.settings")), key
 
     decay = {group["weight_decay"]: group["params"] for group in first.optimizer.param_groups}
     assert set(decay) == {0.0, 0.5}

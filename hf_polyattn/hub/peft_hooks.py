@@ -1,0 +1,106 @@
+"""Adapters: PEFT trains, saves and loads polynomials as it does other modules, and forgets none of them."""
+
+from __future__ import annotations
+
+import inspect
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from ..errors import PatchError
+from ..patching.core import CHILD_NAME, PolyAttention
+from .hooks import refuse_adapter
+
+
+def install_on_wrappers(other: Any) -> None:
+    """Keeps PEFT's copies of polynomials (`modules_to_save`) from asking for gradients that they never get.
+
+    Wraps the function in `peft.utils.other` by which PEFT unfreezes every parameter of a copy.
+    """
+    set_requires_grad = getattr(other, "_set_layer_requires_grad", None)
+    if set_requires_grad is None:
+        return
+
+    @wraps(set_requires_grad)
+    def set_requires_grad_with_polyattn(layer: Any, requires_grad: bool) -> None:
+        set_requires_grad(layer, requires_grad)
+        for module in getattr(layer, "modules", tuple)():
+            if isinstance(module, PolyAttention):
+                module.freeze_unused()
+
+    other._set_layer_requires_grad = set_requires_grad_with_polyattn
+
+
+def install_on_tuners(tuners_utils: Any) -> None:
+    """Makes PEFT refuse adapters of a polynomial's own tensors, which no adapter of PEFT can be put on."""
+    tuner_class = tuners_utils.BaseTuner
+    inject = tuner_class.inject_adapter
+
+    @wraps(inject)
+    def inject_adapter_with_polyattn(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config[adapter_name]
+        targets = [getattr(config, name, None) or () for name in ("target_parameters", "target_modules")]
+        names = [name for given in targets if not isinstance(given, str) for name in given]
+        wrong = sorted(name for name in names if CHILD_NAME in name.split("."))
+        if wrong:
+            raise PatchError(
+                f"an adapter cannot have {wrong} as targets: polynomials have a few numbers a head, and are trained as "
+                f"they are. Use modules_to_save={[CHILD_NAME]} in the adapter's config instead."
+            )
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    tuner_class.inject_adapter = inject_adapter_with_polyattn
+
+
+def install_on_peft(peft_model: Any) -> None:
+    """Makes PEFT save the base model's polynomials with an adapter, and bring them back, or refuse the base model."""
+    model_class = peft_model.PeftModel
+    save, load, load_adapter = (
+        model_class.save_pretrained,
+        model_class.from_pretrained.__func__,
+        model_class.load_adapter,
+    )
+
+    @wraps(save)
+    def save_with_polyattn(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = save(self, save_directory, *args, **kwargs)
+        given = inspect.signature(save).bind(self, save_directory, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["is_main_process"] and _holds_a_model(self):
+            from .adapters import save_polynomials
+
+            for name in given.arguments["selected_adapters"] or self.peft_config:
+                folder = Path(save_directory, *([] if name == "default" else [name]))
+                save_polynomials(self, folder, given.arguments["kwargs"].get("state_dict"))
+        return result
+
+    @wraps(load)
+    def load_with_polyattn(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        _restore(model, model_id, kwargs, alone=not getattr(model, "peft_config", None))
+        return load(cls, model, model_id, *args, **kwargs)
+
+    @wraps(load_adapter)
+    def load_adapter_with_polyattn(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        others, again = self.peft_config.keys() - {adapter_name}, adapter_name in self.peft_config
+        _restore(self, model_id, kwargs, alone=not others, again=again)
+        result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+        refuse_adapter(result.unexpected_keys)
+        return result
+
+    model_class.save_pretrained = save_with_polyattn
+    model_class.from_pretrained = classmethod(load_with_polyattn)
+    model_class.load_adapter = load_adapter_with_polyattn
+
+
+def _restore(model: Any, source: Any, options: dict[str, Any], **state: bool) -> None:
+    if _holds_a_model(model):
+        from .adapters import restore_polynomials
+
+        restore_polynomials(model, source, **state, **options)
+
+
+def _holds_a_model(model: Any) -> bool:
+    """Whether there is a model of Transformers; PEFT wraps others, too."""
+    from transformers import PreTrainedModel
+
+    return any(isinstance(part, PreTrainedModel) for part in model.modules())
