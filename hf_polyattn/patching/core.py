@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..ops import polynomial_attention
-from ..ops.api import autocast_inputs
-from ..ops.call import compute_dtype
+from ..ops.api import autocast_inputs, is_transformed
+from ..ops.call import compute_dtype, without_autocast
 from ..spec import PolyAttentionConfig, Polynomial
+from .recording import is_recorded
 
 CHILD_NAME = "polyattn"
 
@@ -139,12 +140,12 @@ class PolyAttention(nn.Module):
         return output
 
     def _is_monomial(self) -> bool:
-        """Whether only the highest coefficients are non-zero and no other gets a gradient: kernels then skip them.
+        """Whether only the highest coefficients are non-zero and no other gets a derivative: kernels then skip them.
 
         Off the CPU looking waits for the device, so only frozen coefficients are looked at, once for each value.
         """
         c = self.coefficients
-        if torch.compiler.is_compiling() or (c.requires_grad and torch.is_grad_enabled()):
+        if is_recorded(c) or (c.requires_grad and torch.is_grad_enabled()) or is_transformed(c):
             return False
         if c.device.type == "cpu":
             return not bool(c[:, :-1].any())
@@ -162,7 +163,7 @@ class PolyAttention(nn.Module):
         """
         (query,) = autocast_inputs(query)
         dtype = compute_dtype(query.dtype)
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with without_autocast(query.device):
             # A matrix product would first copy queries whose heads lie inside of tokens.
             shift = torch.linalg.vecdot(query.to(dtype), self.key_shift.to(dtype)[:, None])
             center: Tensor = self.center.to(dtype)[:, None] + scaling * shift
