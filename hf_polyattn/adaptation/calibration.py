@@ -26,7 +26,8 @@ from torch import nn
 from ..errors import PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.governing import change_specs, reconfigure
-from ..patching.patched import patched_layers, spec_of
+from ..patching.patched import patched_layers, pretrained_model, spec_of
+from ..patching.threads import alone
 from ..spec import Polynomial
 from ..tables import format_table
 from .capture import Observation, Replay, take_batches
@@ -99,6 +100,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Sets the polynomials of a patched model, in place, so that it reproduces its softmax original.
 
+    Other threads may run the model while it is observed; while its polynomials are written, they are refused. A pass
+    that has begun before may end with the last layers new.
+
     Args:
         model: a patched model.
         batches: model inputs, mappings or main-input tensors; padding (by `attention_mask`) is left out.
@@ -153,8 +157,9 @@ def _show(wanted: Mapping[str, Pass], path: str, child: PolyAttention, observati
 
 @torch.no_grad()
 def write_fits(model: nn.Module, fits: Mapping[str, LayerFit], *, key_shift: bool = True) -> None:
-    """Gives patched layers the polynomials that were fitted for them."""
-    change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
-    for fit in fits.values():
-        fit.write()
-    reconfigure(model, interval=True, clamp=True, key_shift=key_shift)
+    """Gives patched layers the polynomials that were fitted for them; other threads cannot run the model meanwhile."""
+    with alone(pretrained_model(model), "calibrate"):
+        change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
+        for fit in fits.values():
+            fit.write()
+        reconfigure(model, interval=True, clamp=True, key_shift=key_shift)

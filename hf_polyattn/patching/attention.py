@@ -77,7 +77,8 @@ def polyattn_forward(
         )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries that SDPA broadcasts over the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    if polynomial.observer is not None:
+    observer = polynomial.observer
+    if observer is not None:
         attention_mask = dense_mask(attention_mask)
     mask, ranges = split_mask(attention_mask)
     arguments: dict[str, Any] = {
@@ -86,9 +87,9 @@ def polyattn_forward(
         "window": window,
         "scaling": kwargs.get("scaling"),
     }
-    if polynomial.observer is not None:
+    if observer is not None:
         output, weights = softmax_forward(module, query, key, value, attention_mask, **kwargs)
-        polynomial.observer(query, key, value, output, **arguments)
+        observer(query, key, value, output, **arguments)
         return output, weights
     arguments["ranges"] = ranges
     arguments["dropout"] = kwargs.get("dropout", 0.0)

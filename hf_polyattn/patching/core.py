@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,8 @@ class PolyAttention(nn.Module):
         key_shift: Parameter (H, D), μ_h; used once `config.key_shift` is set.
         radius: buffer (H,), positive; used once `config.interval` is set.
         config: the `PolyAttentionConfig` this module was made from; replaced by calibration.
-        observer: while set, the module's attention runs softmax and the observer sees its inputs and output.
+        observer: while set, the module's attention runs softmax and the observer sees its inputs and output. Of the
+            thread that set it: for others the module is as before.
 
     All four tensors stay float32 when the model is cast to a lower precision.
 
@@ -54,7 +56,7 @@ class PolyAttention(nn.Module):
         self.config = config
         self.heads = heads
         self.head_dim = head_dim
-        self.observer: Callable[..., None] | None = None
+        self._observers: dict[int, Callable[..., None]] = {}
         self._looked_at, self._bare = (0, -1), False
         rows = heads if config.granularity == "head" else 1
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -64,6 +66,22 @@ class PolyAttention(nn.Module):
         self.register_buffer("radius", torch.empty(heads, **options))
         self.configure(config)
         self.reset_parameters()
+
+    @property
+    def observer(self) -> Callable[..., None] | None:
+        """The observer of this thread; in a backward pass, which has threads of its own, the only one there is."""
+        if not self._observers:
+            return None
+        if len(self._observers) == 1 and torch._C._current_graph_task_id() != -1:
+            return next(iter(self._observers.values()))
+        return self._observers.get(threading.get_ident())
+
+    @observer.setter
+    def observer(self, observer: Callable[..., None] | None) -> None:
+        if observer is None:
+            self._observers.pop(threading.get_ident(), None)
+        else:
+            self._observers[threading.get_ident()] = observer
 
     def configure(self, config: PolyAttentionConfig) -> None:
         """Replaces the config and freezes the parameters that it does not use or does not train."""

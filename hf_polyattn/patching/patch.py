@@ -20,6 +20,7 @@ from .governing import arm, armed_configs, disarm, governing_configs
 from .patched import active_child, patched_modules, pretrained_model, require_patched
 from .saved_config import CONFIG_KEY
 from .selection import new_child, own_config, why_not
+from .threads import alone
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -101,22 +102,24 @@ def unpatch_model(model: AnyModule) -> AnyModule:
 
 @contextmanager
 def softmax_attention(model: nn.Module) -> Iterator[None]:
-    """Runs a patched model with its original softmax attention inside the `with` block.
+    """Runs a patched model with its original softmax attention inside the `with` block, in this thread.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or another thread has it in such a block. Other threads that run the model
+            meanwhile get this error, too.
     """
     root = pretrained_model(model)
     require_patched(root)
-    configs = [owner.config for owner in armed_configs(root)]
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = getattr(config, CONFIG_KEY)["softmax_implementation"]
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+    with alone(root, "softmax_attention"):
+        configs = [owner.config for owner in armed_configs(root)]
+        before = [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation_internal = getattr(config, CONFIG_KEY)["softmax_implementation"]
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
 
 
 def _merge(
