@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, PatchError
-from ..patching.attention import IMPLEMENTATIONS
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES
-from ..patching.saved_config import CONFIG_KEY
+from ..patching.saved_config import CONFIG_KEY, IMPLEMENTATIONS
 
 _TENSORS = {"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1}
 _MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each

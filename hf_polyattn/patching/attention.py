@@ -15,11 +15,7 @@ from ..errors import UnsupportedArgumentError
 from .core import CHILD_NAME
 from .masking import packed_mask, polyattn_mask, split_mask
 from .range_mask import dense_mask
-
-IMPLEMENTATION = "polyattn"
-# The same, as saved configs name it: a Transformers without this package quotes it when it refuses the model.
-SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
-IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
+from .saved_config import IMPLEMENTATIONS
 
 # Arguments that change what softmax attention computes and that w = p(t) cannot carry.
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sinks", "cache", "attn_bias")

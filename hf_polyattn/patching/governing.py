@@ -14,11 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import BackendError, PatchError, SpecError
 from ..ops.backends import check_name
 from ..spec import PolyAttentionConfig, Polynomial
-from .attention import IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION
 from .core import CHILD_NAME, PolyAttention
 from .families import attention_sites
 from .patched import active_child, bare_path, patched_layers, patched_modules, pretrained_model, require_patched
-from .saved_config import CONFIG_KEY, read_state
+from .saved_config import CONFIG_KEY, IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION, read_state
 from .selection import new_child, why_not
 
 # Where a model keeps the `modules` of the config that it was built from; None if that was written by hand.

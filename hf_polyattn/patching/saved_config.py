@@ -18,6 +18,10 @@ from ..errors import SpecError
 from ..spec import PolyAttentionConfig, Polynomial
 
 CONFIG_KEY = "polyattn_config"
+IMPLEMENTATION = "polyattn"
+# The same, as saved configs name it: a Transformers without this package quotes it when it refuses the model.
+SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
+IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
 
 # A patched model of 200 layers needs 20 kB and 200 entries, 5 levels deep.
 MAX_BYTES = 16 * 2**20
@@ -52,8 +56,12 @@ def read_state(state: Any, source: str) -> PolyAttentionConfig:
 
 
 def install_on_configs(configuration_utils: Any) -> None:
-    """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file."""
+    """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file.
+
+    And lets configs of polynomial models say `output_attentions`, which Transformers has for "eager" only.
+    """
     config_class = configuration_utils.PreTrainedConfig
+    _allow_output_attentions(config_class)
     read = config_class._dict_from_json_file.__func__
 
     @wraps(read)
@@ -71,6 +79,30 @@ def install_on_configs(configuration_utils: Any) -> None:
         return content
 
     config_class._dict_from_json_file = classmethod(read_with_polyattn)
+
+
+def _allow_output_attentions(config_class: Any) -> None:
+    attribute, validate = config_class.output_attentions, config_class.validate_output_attentions
+
+    def set_output_attentions(self: Any, value: bool) -> None:
+        if value and self._attn_implementation in IMPLEMENTATIONS:
+            self._output_attentions = value
+        else:
+            attribute.fset(self, value)
+
+    @wraps(validate)
+    def validate_with_polyattn(self: Any) -> None:
+        if self._attn_implementation not in IMPLEMENTATIONS:
+            validate(self)
+
+    config_class.output_attentions = attribute.setter(set_output_attentions)
+    config_class.validate_output_attentions = validate_with_polyattn
+    classes = [config_class]
+    while classes:  # each class of configs keeps a list of its validators
+        kind = classes.pop()
+        classes += kind.__subclasses__()
+        validators = vars(kind).get("__class_validators__", [])
+        validators[:] = [validate_with_polyattn if one is validate else one for one in validators]
 
 
 def _read(state: Any) -> PolyAttentionConfig:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import hf_polyattn as hp
-from hf_polyattn.patching.attention import SAVED_IMPLEMENTATION
+from hf_polyattn.patching.saved_config import SAVED_IMPLEMENTATION
 from hf_polyattn.patching.patched import patched_layers
 
 HALVES = ("encoder", "decoder")
