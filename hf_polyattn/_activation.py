@@ -17,6 +17,10 @@ from typing import Any
 _HOOKS = {
     "transformers.configuration_utils": ("patching.saved_config", "install_on_configs"),  # imported before torch
     "transformers.modeling_utils": ("hub.hooks", "install_on_models"),
+    "transformers.generation.continuous_batching.continuous_api": (
+        "hub.softmax_requests",
+        "install_on_continuous_batching",
+    ),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
     "peft.peft_model": ("hub.hooks", "install_on_peft"),
 }

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import PatchError
 from ..patching.attention import register
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
+from .softmax_requests import keep_polynomials
 
 _PUSH_DOCUMENTATION = """
     `hf_polyattn` adds, for models with polynomial attention:
@@ -34,6 +35,7 @@ def install_on_models(modeling_utils: Any) -> None:
     """
     register(modeling_utils.AttentionInterface)
     _install_building(modeling_utils.PreTrainedModel)
+    keep_polynomials(modeling_utils.PreTrainedModel)
     _install_loading(modeling_utils, modeling_utils.PreTrainedModel)
     _install_pushing(modeling_utils.PreTrainedModel)
 

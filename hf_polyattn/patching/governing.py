@@ -81,7 +81,7 @@ def attach_saved(model: PreTrainedModel) -> None:
 
     Raises:
         SpecError: the saved config cannot be read, or its backend does not exist.
-        PatchError: a named module exists but cannot be patched.
+        PatchError: a named module exists but cannot be patched, or the config asks for another attention.
     """
     state = getattr(model.config, CONFIG_KEY, None)
     if state is None:
@@ -94,6 +94,12 @@ def attach_saved(model: PreTrainedModel) -> None:
     except BackendError as error:
         raise SpecError(f"{source}: {error}") from None
     specs = state.get("modules")
+    asked = model.config._attn_implementation
+    if specs is not None and asked not in IMPLEMENTATIONS:
+        raise PatchError(
+            f"{source} is of a polynomial model, and attn_implementation {asked!r} was asked for. Leave it out; for "
+            "softmax, load the model and call unpatch_model(model), or use softmax_attention(model) for a while."
+        )
     inner = [part for part in model.modules() if part is not model and getattr(part, "config", None) is model.config]
     noted = [getattr(part, SAVED_MODULES) for part in inner if hasattr(part, SAVED_MODULES)]
     setattr(model, SAVED_MODULES, noted[0] if noted else specs)

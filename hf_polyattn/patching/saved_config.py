@@ -58,10 +58,12 @@ def read_state(state: Any, source: str) -> PolyAttentionConfig:
 def install_on_configs(configuration_utils: Any) -> None:
     """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file.
 
-    And lets configs of polynomial models say `output_attentions`, which Transformers has for "eager" only.
+    And lets configs of polynomial models say `output_attentions`, which Transformers has for "eager" only, and take
+    `attn_implementation=None` for what it says, nothing.
     """
     config_class = configuration_utils.PreTrainedConfig
     _allow_output_attentions(config_class)
+    _allow_none(config_class)
     read = config_class._dict_from_json_file.__func__
 
     @wraps(read)
@@ -103,6 +105,23 @@ def _allow_output_attentions(config_class: Any) -> None:
         classes += kind.__subclasses__()
         validators = vars(kind).get("__class_validators__", [])
         validators[:] = [validate_with_polyattn if one is validate else one for one in validators]
+
+
+def _allow_none(config_class: Any) -> None:
+    implementation, from_dict = config_class._attn_implementation, config_class.from_dict.__func__
+
+    def set_implementation(self: Any, value: Any) -> None:
+        if value is not None or getattr(self, "_attn_implementation_internal", None) not in IMPLEMENTATIONS:
+            implementation.fset(self, value)
+
+    @wraps(from_dict)
+    def from_dict_with_polyattn(cls: Any, config_dict: Any, **kwargs: Any) -> Any:
+        if CONFIG_KEY in config_dict and kwargs.get("attn_implementation", "") is None:
+            del kwargs["attn_implementation"]
+        return from_dict(cls, config_dict, **kwargs)
+
+    config_class._attn_implementation = implementation.setter(set_implementation)
+    config_class.from_dict = classmethod(from_dict_with_polyattn)  # type: ignore[arg-type]
 
 
 def _read(state: Any) -> PolyAttentionConfig:
