@@ -15,6 +15,7 @@ Source: DESIGN.md, "Calibration in closed form".
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,14 +44,29 @@ class CalibrationReport:
         spec: the spec that was calibrated.
         rows: query rows, padding left out, that each layer saw.
         layers: one `LayerReport` per patched attention module.
+        unknowns: of the largest regression of a head, on its rows.
     """
 
     spec: str
     rows: int
     layers: tuple[LayerReport, ...]
+    unknowns: int = 1
 
     #: A layer whose mean explained variance is lower than this is said to fit badly.
     BAD_FIT = 0.8
+    #: Fewer rows for each unknown than this are too few to tell how good a fit is.
+    ROWS_FOR_AN_UNKNOWN = 4
+
+    @property
+    def too_few_rows(self) -> str | None:
+        """What to say of a calibration on too few rows; None if there were enough."""
+        needed = self.ROWS_FOR_AN_UNKNOWN * self.unknowns
+        if self.rows >= needed:
+            return None
+        return (
+            f"{self.rows} rows a layer are too few for {self.unknowns} unknowns a head: the fit is to these rows, and "
+            f"may be to no others. Calibrate on at least {needed}."
+        )
 
     @property
     def bad_layers(self) -> tuple[str, ...]:
@@ -81,6 +97,7 @@ class CalibrationReport:
         verdict = "every layer fits."
         if self.bad_layers:
             verdict = f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}."
+        verdict = self.too_few_rows or verdict
         return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer: {verdict}"
 
 
@@ -127,7 +144,16 @@ def calibrate(
     fits = fit_layers(model, passes, specs, key_shift=key_shift)
     write_fits(model, fits, key_shift=key_shift)
     first = next(iter(fits.values()))
-    return CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()))
+    unknowns = max(_unknowns(child, key_shift) for _, child in patched_layers(model))
+    report = CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()), unknowns)
+    if report.too_few_rows:
+        warnings.warn(report.too_few_rows, stacklevel=3)  # of `calibrate`, and of torch's decorator around it
+    return report
+
+
+def _unknowns(child: PolyAttention, key_shift: bool) -> int:
+    """Returns the unknowns of the larger of a head's two regressions: of its key shift, and of its coefficients."""
+    return max(child.head_dim + 1 if key_shift else 1, child.config.spec.degree + 1)
 
 
 @torch.no_grad()
@@ -157,9 +183,13 @@ def _show(wanted: Mapping[str, Pass], path: str, child: PolyAttention, observati
 
 @torch.no_grad()
 def write_fits(model: nn.Module, fits: Mapping[str, LayerFit], *, key_shift: bool = True) -> None:
-    """Gives patched layers the polynomials that were fitted for them; other threads cannot run the model meanwhile."""
+    """Gives patched layers the polynomials that were fitted for them; other threads cannot run the model meanwhile.
+
+    They are clamped, unless the config of a layer says no.
+    """
     with alone(pretrained_model(model), "calibrate"):
         change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
         for fit in fits.values():
             fit.write()
-        reconfigure(model, interval=True, clamp=True, key_shift=key_shift)
+        clamp = not any(child.config.clamp is False for _, child in patched_layers(model))
+        reconfigure(model, interval=True, clamp=clamp, key_shift=key_shift)

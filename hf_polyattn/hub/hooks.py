@@ -7,6 +7,7 @@ the middle of any import of Transformers, so this file imports nothing that need
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import wraps
@@ -65,6 +66,7 @@ def _install_building(model_class: Any) -> None:
             if not all(
                 getattr(tensor, "_is_hf_initialized", False) for tensor in module.state_dict(keep_vars=True).values()
             ):
+                _say_uncalibrated(module)
                 module.reset_parameters()  # all of it is missing: of a part, `check_loaded` has complained
             module._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -78,6 +80,16 @@ def _install_building(model_class: Any) -> None:
     model_class.post_init = post_init_with_polyattn
     model_class._initialize_weights = initialize_with_polyattn
     model_class.save_pretrained = save_with_guard
+
+
+def _say_uncalibrated(module: PolyAttention) -> None:
+    """Warns where a config says that polynomials were calibrated, and there is no checkpoint that has them."""
+    if module.config.interval:
+        warnings.warn(
+            "the config has polynomial attention on intervals of scores (interval=True), but no coefficients, centers "
+            "and radii for them: the model is uncalibrated. Load weights, or call calibrate(model, batches).",
+            stacklevel=2,
+        )
 
 
 def _install_loading(modeling_utils: Any, model_class: Any) -> None:

@@ -149,7 +149,7 @@ class PolyAttention(nn.Module):
             normalizer=config.spec.normalizer,
             center=center,
             radius=self.radius if config.interval else 1.0,
-            clamp=config.clamp,
+            clamp=bool(config.clamp),
             monomial=self._is_monomial(),
             dropout=dropout,
             backend=config.backend,

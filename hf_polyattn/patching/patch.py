@@ -17,7 +17,7 @@ from .core import CHILD_NAME, is_patched
 from .description import table_of
 from .families import AttentionSite, attention_sites
 from .governing import arm, armed_configs, disarm, governing_configs
-from .patched import active_child, patched_modules, pretrained_model, require_patched
+from .patched import active_child, patched_modules, pretrained_model, require_in_memory, require_patched
 from .saved_config import CONFIG_KEY
 from .selection import new_child, own_config, why_not
 from .threads import alone
@@ -54,7 +54,7 @@ def patch_model(
         SpecError: the config cannot be read.
         BackendError: the config's backend does not exist.
         PatchError: the model has nothing that can be patched, has attention that would silently stay
-            softmax, or is already patched with another config. The model is left as it was.
+            softmax, is offloaded, or is already patched with another config. The model is left as it was.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
@@ -71,6 +71,7 @@ def patch_model(
         return model
 
     _require_patchable(root, sites, config)
+    require_in_memory(root, "patched")
     if dry_run:
         print(table_of(sites, config))
         return model

@@ -69,6 +69,17 @@ def require_patched(root: PreTrainedModel) -> None:
         raise PatchError(f"{type(root).__name__} is not patched; call patch_model(model, spec) first")
 
 
+def require_in_memory(root: PreTrainedModel, doing: str) -> None:
+    """Raises PatchError if Accelerate keeps weights of the model elsewhere, where nobody can write them."""
+    for path, module in root.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,))):
+            raise PatchError(
+                f"{type(root).__name__} cannot be {doing}: weights are offloaded, at {path!r} (cpu_offload, "
+                "disk_offload or a device_map). Load it whole, patch, calibrate and save; offload what is loaded then."
+            )
+
+
 def bare_path(model: PreTrainedModel, path: str) -> str:
     """Returns the path of a module without the prefix that a model with a task head puts before it."""
     prefix = model.base_model_prefix
