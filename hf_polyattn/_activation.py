@@ -22,6 +22,7 @@ _HOOKS = {
         "install_on_continuous_batching",
     ),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
+    "sentence_transformers.base.model": ("hub.hooks", "install_on_sentence_transformers"),
     "peft.peft_model": ("hub.hooks", "install_on_peft"),
 }
 

@@ -99,7 +99,14 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
     `_load_pretrained_model` returns what a checkpoint has; `load_adapter` must not leave trained polynomials out.
     """
     load, get_dtype = model_class._load_pretrained_model, modeling_utils._get_dtype
-    load_adapter = model_class.load_adapter
+    load_adapter, read_index = model_class.load_adapter, modeling_utils.get_checkpoint_shard_files
+
+    @wraps(read_index)
+    def read_index_with_polyattn(repository: Any, index_filename: str, *args: Any, **kwargs: Any) -> Any:
+        from .checkpoint import check_index
+
+        check_index(index_filename)
+        return read_index(repository, index_filename, *args, **kwargs)
 
     @wraps(get_dtype)
     def get_dtype_with_polyattn(
@@ -130,9 +137,10 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load_adapter(self, *args, **kwargs)
-        _refuse_adapter(getattr(result, "unexpected_keys", ()))
+        _check_adapter(self, getattr(result, "unexpected_keys", ()))
         return result
 
+    modeling_utils.get_checkpoint_shard_files = read_index_with_polyattn
     modeling_utils._get_dtype = get_dtype_with_polyattn
     model_class._load_pretrained_model = staticmethod(load_with_polyattn)
     model_class.load_adapter = load_adapter_with_polyattn
@@ -229,23 +237,56 @@ def install_on_trainer(trainer: Any) -> None:
 
 
 def install_on_peft(peft_model: Any) -> None:
-    """Makes PEFT refuse an adapter with trained polynomials (`modules_to_save`) on a model that has none."""
+    """Makes PEFT refuse damaged polynomials (`modules_to_save`), and polynomials for a model that has none.
+
+    And name the polynomials in its cards.
+    """
     model_class = peft_model.PeftModel
-    load_adapter = model_class.load_adapter
+    load_adapter, create_card = model_class.load_adapter, model_class.create_or_update_model_card
 
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load_adapter(self, *args, **kwargs)
-        _refuse_adapter(result.unexpected_keys)
+        _check_adapter(self, result.unexpected_keys)
         return result
 
+    @wraps(create_card)
+    def create_card_with_polyattn(self: Any, output_dir: str) -> None:
+        create_card(self, output_dir)
+        if is_patched(self):
+            from .cards import name_polynomials
+
+            name_polynomials(self, Path(output_dir) / "README.md")
+
     model_class.load_adapter = load_adapter_with_polyattn
+    model_class.create_or_update_model_card = create_card_with_polyattn
 
 
-def _refuse_adapter(unexpected_keys: Iterable[str]) -> None:
-    """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax."""
-    from .checkpoint import polynomial_paths
+def install_on_sentence_transformers(base_model: Any) -> None:
+    """Makes the cards of Sentence Transformers name the polynomials of the model inside."""
+    model_class = base_model.BaseModel
+    create_card = model_class._create_model_card
 
+    @wraps(create_card)
+    def create_card_with_polyattn(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        create_card(self, path, *args, **kwargs)
+        file = Path(path) / "README.md"
+        if is_patched(self) and file.is_file():
+            from .cards import name_polynomials
+
+            name_polynomials(self, file)
+
+    model_class._create_model_card = create_card_with_polyattn
+
+
+def _check_adapter(model: Any, unexpected_keys: Iterable[str]) -> None:
+    """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax.
+
+    And CheckpointError if those that it brought are damaged.
+    """
+    from .checkpoint import check_polynomials, polynomial_paths
+
+    check_polynomials(model, "the adapter")
     softmax = polynomial_paths(unexpected_keys)
     if softmax:
         raise PatchError(

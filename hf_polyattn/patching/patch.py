@@ -38,8 +38,8 @@ def patch_model(
     """Makes the attention of a pretrained model polynomial, in place; its weights stay untouched.
 
     Args:
-        model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a PEFT,
-            DDP or compiled wrapper around one.
+        model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a module around one:
+            PEFT's, DDP's, a compiled one, a SentenceTransformer, a CrossEncoder, one's own.
         config: a spec string such as "poly3" or "poly6-l1", or a whole `PolyAttentionConfig`.
         layers: only these layer numbers; the others stay softmax.
         include: glob patterns on module paths; only what matches is patched.

@@ -26,10 +26,10 @@ def spec_of(model: nn.Module) -> str:
 
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel:
-    """Returns the `PreTrainedModel` inside a PEFT, DDP, FSDP or compiled wrapper.
+    """Returns the `PreTrainedModel` inside a PEFT, DDP, FSDP or compiled wrapper, or the only one inside any module.
 
     Raises:
-        PatchError: there is none.
+        PatchError: there is none, or more than one.
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
@@ -40,10 +40,22 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
         elif isinstance(getattr(inner, "module", None), nn.Module):
             inner = inner.module
         else:
-            raise PatchError(
-                f"expected a transformers PreTrainedModel or a wrapper around one, got {type(model).__name__}"
-            )
+            return _only_model_inside(model)
     return inner
+
+
+def _only_model_inside(model: nn.Module) -> PreTrainedModel:
+    """Returns the one model of Transformers inside of a module: a SentenceTransformer, a CrossEncoder, one's own."""
+    found: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, PreTrainedModel) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    if len(found) == 1:
+        return next(iter(found.values()))
+    inside = f", with {len(found)} of them inside, at {sorted(found)}: pass one of those" if found else ""
+    raise PatchError(
+        f"expected a transformers PreTrainedModel or a wrapper around one, got {type(model).__name__}{inside}"
+    )
 
 
 def active_child(module: nn.Module) -> PolyAttention:

@@ -68,7 +68,7 @@ def install_on_configs(configuration_utils: Any) -> None:
 
     @wraps(read)
     def read_with_polyattn(cls: Any, json_file: str | os.PathLike[str]) -> Any:
-        mentioned = _mentions_polyattn(json_file)
+        mentioned = mentions_polyattn(json_file)
         if mentioned and os.path.getsize(json_file) > MAX_BYTES:
             raise SpecError(f"{json_file} has {os.path.getsize(json_file)} bytes; a config has at most {MAX_BYTES}")
         try:
@@ -180,7 +180,7 @@ def _walk(value: Any) -> Iterator[tuple[Any, int]]:
             waiting += [(inner, depth + 1) for inner in value]
 
 
-def _mentions_polyattn(json_file: str | os.PathLike[str]) -> bool:
+def mentions_polyattn(json_file: str | os.PathLike[str]) -> bool:
     """Whether a file mentions `polyattn_config`; other models' configs are none of this package's business."""
     if os.path.getsize(json_file) == 0:
         return False
