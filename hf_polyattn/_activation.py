@@ -23,6 +23,7 @@ _HOOKS = {
     ),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
     "sentence_transformers.base.model": ("hub.hooks", "install_on_sentence_transformers"),
+    "torch.distributed.fsdp": ("patching.sharding", "install_on_fsdp"),
     "peft.peft_model": ("hub.hooks", "install_on_peft"),
 }
 

@@ -97,3 +97,83 @@ def test_sharded_model_trains_saves_and_reloads_like_an_unsharded_one(
     assert sharded == pytest.approx(whole, rel=1e-4)
     assert whole[2] != pytest.approx(whole[0], rel=1e-2)
     assert results["error"] < 0.01 * results["change"]
+
+
+BF16 = """
+import json, os, sys
+import torch
+import hf_polyattn
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+source, dtype, layers_apart = sys.argv[1], sys.argv[2], sys.argv[3] == "layers"
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+torch.manual_seed(0)
+tokens = torch.randint(3, 512, (4, 32))
+
+def patched():
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32" if dtype == "mixed" else dtype)
+    hf_polyattn.patch_model(model, "poly3")
+    hf_polyattn.calibrate(model, [{"input_ids": tokens}], progress=False)
+    return model
+
+def gradients(model, rows):
+    loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+    loss.backward()
+    children = [layer.self_attn.polyattn for layer in model.model.layers]
+    return loss.detach(), [child.coefficients.grad for child in children]
+
+whole = patched()
+expected_loss, expected = gradients(whole, tokens)
+sharded, mesh = patched(), init_device_mesh("cpu", (2,))
+policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if dtype == "mixed" else {}
+for layer in sharded.model.layers if layers_apart else []:
+    fully_shard(layer, mesh=mesh, **policy)
+fully_shard(sharded, mesh=mesh, **policy)
+seen = []
+sharded.model.layers[0].self_attn.polyattn.register_forward_hook(
+    lambda child, *_: seen.append([str(child.coefficients.dtype), child.coefficients.shape[0]])
+)
+loss, found = gradients(sharded, tokens[2 * rank : 2 * rank + 2])
+distributed.all_reduce(loss)
+full = [gradient.full_tensor() for gradient in found]
+if rank == 0:
+    print(json.dumps({
+        "sharded": all(isinstance(gradient, DTensor) for gradient in found),
+        "dtypes": sorted({str(gradient.dtype) for gradient in full}),
+        "seen": seen,
+        "loss": [expected_loss.item(), loss.item() / 2],
+        "error": max(((a - b).norm() / b.norm()).item() for a, b in zip(full, expected)),
+    }))
+distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [("bfloat16", "layers"), ("bfloat16", "whole"), ("mixed", "layers"), ("float32", "layers")],
+    ids=["bf16, layer by layer", "bf16, as a whole", "bf16 by a policy", "fp32"],
+)
+def test_float32_polynomials_inside_a_sharded_model_keep_their_dtype(
+    dtype: str, how: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(BF16)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [str(checkpoint("llama")), dtype, how]
+    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert results["sharded"]
+    assert results["dtypes"] == ["torch.float32"]
+    assert results["seen"] == [["torch.float32", 8]]  # whole, inside of the forward pass
+    rounding = 1e-4 if dtype == "float32" else 0.1
+    assert results["loss"][1] == pytest.approx(results["loss"][0], rel=rounding / 10)
+    assert results["error"] < rounding
