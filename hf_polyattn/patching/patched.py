@@ -63,6 +63,8 @@ def active_child(module: nn.Module) -> PolyAttention:
     child: Any = module._modules[CHILD_NAME]
     if isinstance(child, PolyAttention):
         return child
+    if isinstance(getattr(child, "module", None), PolyAttention):  # FullyShardedDataParallel around it
+        return child.module  # type: ignore[no-any-return]
     copies = getattr(child, "modules_to_save", {})  # PEFT's ModulesToSaveWrapper
     for adapter in getattr(child, "active_adapters", []):
         if adapter in copies:
