@@ -17,10 +17,16 @@ from typing import Any
 _HOOKS = {
     "transformers.configuration_utils": ("patching.saved_config", "install_on_configs"),  # imported before torch
     "transformers.modeling_utils": ("hub.hooks", "install_on_models"),
+    "transformers.generation.continuous_batching.continuous_api": (
+        "hub.softmax_requests",
+        "install_on_continuous_batching",
+    ),
     "transformers.trainer": ("hub.hooks", "install_on_trainer"),
     "peft.utils.other": ("hub.peft_hooks", "install_on_wrappers"),
     "peft.tuners.tuners_utils": ("hub.peft_hooks", "install_on_tuners"),
     "peft.peft_model": ("hub.peft_hooks", "install_on_peft"),
+    "sentence_transformers.base.model": ("hub.hooks", "install_on_sentence_transformers"),
+    "torch.distributed.fsdp": ("patching.sharding", "install_on_fsdp"),
 }
 
 

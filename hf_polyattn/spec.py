@@ -116,14 +116,15 @@ class PolyAttentionConfig:
         granularity: one polynomial per `head` or one per `layer`.
         learnable: whether the polynomial trains with the model; frozen otherwise.
         interval: whether scores are mapped by a center and a radius per head before the polynomial.
-        clamp: whether t is limited to [-1, 1].
+        clamp: whether t is limited to [-1, 1]. None, where nobody said, is no until `calibrate` makes it yes.
         key_shift: whether rows are shifted at all: `row_shift` is not none. True is the older way to ask for linear.
         row_shift: what moves the scores of a row to the interval: `none`, `linear` the key shift μ_h of its query, or
             `moments` that and the mean, variance and number of its scores.
         squares: R, squares of linear forms of the query that join the moments.
         backend: the operator's backend, `auto` or a name in `hf_polyattn.ops.BACKENDS`.
 
-    `calibrate` switches interval, clamp and the row shift on. Source: DESIGN.md, "The mathematics".
+    `calibrate` switches interval, clamp and the row shift on, a clamp that is said to be False excepted. Source:
+    DESIGN.md, "The mathematics".
 
     >>> PolyAttentionConfig.from_dict(PolyAttentionConfig("poly6-l1", layers=[0, 1]).to_dict()).layers
     (0, 1)
@@ -138,7 +139,7 @@ class PolyAttentionConfig:
     granularity: Granularity = "head"
     learnable: bool = True
     interval: bool = False
-    clamp: bool = False
+    clamp: bool | None = None
     key_shift: bool = False
     backend: str = "auto"
     row_shift: RowShift = "none"
@@ -152,7 +153,11 @@ class PolyAttentionConfig:
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         if self.granularity not in get_args(Granularity):
             raise SpecError(f"granularity {self.granularity!r} is not one of {get_args(Granularity)}")
-        for name in ("cross_attention", "learnable", "interval", "clamp", "key_shift"):
+        if self.clamp is None and self.interval:
+            object.__setattr__(self, "clamp", False)
+        elif self.clamp is not None and not isinstance(self.clamp, bool):
+            raise SpecError(f"clamp must be True, False or None, got {self.clamp!r}")
+        for name in ("cross_attention", "learnable", "interval", "key_shift"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.row_shift not in get_args(RowShift):
@@ -178,7 +183,7 @@ class PolyAttentionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as JSON types, with its format version."""
         data = asdict(self)
-        data["spec"] = str(self.spec)
+        data["spec"], data["clamp"] = str(self.spec), bool(self.clamp)
         data["layer_specs"] = {str(layer): str(spec) for layer, spec in self.layer_specs}
         for name in ("layers", "include", "exclude"):
             data[name] = None if data[name] is None else list(data[name])
@@ -210,7 +215,10 @@ class PolyAttentionConfig:
             raise SpecError(f"polyattn config has unknown keys {unknown}; known are {sorted(known)}")
         if "spec" not in data:
             raise SpecError(f"polyattn config has no 'spec'; it has {sorted(data)}")
-        return cls(**{key: value for key, value in data.items() if key != "format_version"})
+        settings = {key: value for key, value in data.items() if key != "format_version"}
+        if settings.get("clamp") is False and not settings.get("interval"):
+            settings["clamp"] = None  # of an uncalibrated polynomial, as `to_dict` writes it
+        return cls(**settings)
 
 
 def _layer_indices(layers: Iterable[int] | None) -> tuple[int, ...] | None:

@@ -154,7 +154,7 @@ def test_paper_defaults() -> None:
     assert str(Polynomial()) == "poly3"
     config = PolyAttentionConfig()
     assert config == PolyAttentionConfig("poly3")
-    assert (config.interval, config.clamp, config.key_shift) == (False, False, False)
+    assert (config.interval, config.clamp, config.key_shift) == (False, None, False)
 
 
 def test_polynomials_and_configs_are_immutable_and_hashable() -> None:
@@ -245,7 +245,17 @@ def test_wrong_patterns_raise(name: str, patterns: Any) -> None:
         PolyAttentionConfig(**{name: patterns})
 
 
-@pytest.mark.parametrize("name", ["cross_attention", "learnable", "interval", "clamp", "key_shift"])
+def test_a_clamp_is_true_false_or_left_open() -> None:
+    assert [PolyAttentionConfig(clamp=clamp).clamp for clamp in (True, False, None)] == [True, False, None]
+    assert PolyAttentionConfig(interval=True).clamp is False
+    assert PolyAttentionConfig.from_dict(PolyAttentionConfig().to_dict()) == PolyAttentionConfig()
+    unclamped = PolyAttentionConfig(interval=True, clamp=False)
+    assert PolyAttentionConfig.from_dict(unclamped.to_dict()) == unclamped
+    with pytest.raises(SpecError, match="clamp must be True, False or None, got 1"):
+        PolyAttentionConfig(clamp=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "learnable", "interval", "key_shift"])
 @pytest.mark.parametrize("value", [None, 1, "yes"], ids=repr)
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(SpecError, match=f"{name} must be True or False, got {value!r}"):

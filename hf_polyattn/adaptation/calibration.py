@@ -15,6 +15,7 @@ Source: DESIGN.md, "Calibration in closed form".
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +27,9 @@ from torch import nn
 from ..errors import PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.governing import change_specs, reconfigure
-from ..patching.patched import patched_layers, spec_of
+from ..patching.patched import patched_layers, pretrained_model, spec_of
+from ..patching.row_shift import FEATURES
+from ..patching.threads import alone
 from ..spec import Polynomial
 from ..tables import format_table
 from .capture import Observation, Replay, take_batches
@@ -43,14 +46,29 @@ class CalibrationReport:
         spec: the spec that was calibrated.
         rows: query rows, padding left out, that each layer saw.
         layers: one `LayerReport` per patched attention module.
+        unknowns: of the largest regression of a head, on its rows.
     """
 
     spec: str
     rows: int
     layers: tuple[LayerReport, ...]
+    unknowns: int = 1
 
     #: A layer whose mean explained variance is lower than this is said to fit badly.
     BAD_FIT = 0.8
+    #: Fewer rows for each unknown than this are too few to tell how good a fit is.
+    ROWS_FOR_AN_UNKNOWN = 4
+
+    @property
+    def too_few_rows(self) -> str | None:
+        """What to say of a calibration on too few rows; None if there were enough."""
+        needed = self.ROWS_FOR_AN_UNKNOWN * self.unknowns
+        if self.rows >= needed:
+            return None
+        return (
+            f"{self.rows} rows a layer are too few for {self.unknowns} unknowns a head: the fit is to these rows, and "
+            f"may be to no others. Calibrate on at least {needed}."
+        )
 
     @property
     def bad_layers(self) -> tuple[str, ...]:
@@ -81,6 +99,7 @@ class CalibrationReport:
         verdict = "every layer fits."
         if self.bad_layers:
             verdict = f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}."
+        verdict = self.too_few_rows or verdict
         return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer: {verdict}"
 
 
@@ -101,6 +120,9 @@ def calibrate(
     progress: bool = True,
 ) -> CalibrationReport:
     """Sets the polynomials of a patched model, in place, so that it reproduces its softmax original.
+
+    Other threads may run the model while it is observed; while its polynomials are written, they are refused. A pass
+    that has begun before may end with the last layers new.
 
     Args:
         model: a patched model.
@@ -131,7 +153,18 @@ def calibrate(
     fits = fit_layers(model, passes, specs, choice)
     write_fits(model, fits)
     first = next(iter(fits.values()))
-    return CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()))
+    unknowns = max(_unknowns(child) for _, child in patched_layers(model))
+    report = CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()), unknowns)
+    if report.too_few_rows:
+        warnings.warn(report.too_few_rows, stacklevel=3)  # of `calibrate`, and of torch's decorator around it
+    return report
+
+
+def _unknowns(child: PolyAttention) -> int:
+    """Returns the unknowns of the larger of a head's two regressions: of its row shift, and of its coefficients."""
+    dim, config = child.head_dim, child.config
+    shift = {"none": 1, "linear": dim + 1, "moments": 2 * dim + len(FEATURES) + config.squares + 1}
+    return max(shift[config.row_shift], config.spec.degree + 1)
 
 
 def choice_for(specs: Iterable[Polynomial], row_shift: str, squares: int | None) -> PredictorChoice:
@@ -172,10 +205,15 @@ def _show(wanted: Mapping[str, Pass], path: str, child: PolyAttention, observati
 
 @torch.no_grad()
 def write_fits(model: nn.Module, fits: Mapping[str, LayerFit]) -> None:
-    """Gives patched layers the polynomials that were fitted for them, with one predictor of the row shift."""
-    change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
-    config = next(iter(fits.values())).config
-    shift = {name: getattr(config, name) for name in ("row_shift", "squares", "key_shift")}
-    reconfigure(model, interval=True, clamp=True, **shift)
-    for fit in fits.values():
-        fit.write()
+    """Gives patched layers the polynomials that were fitted for them, with one predictor of the row shift.
+
+    They are clamped, unless the config of a layer says no. Other threads cannot run the model meanwhile.
+    """
+    with alone(pretrained_model(model), "calibrate"):
+        change_specs(model, {path: fit.config.spec for path, fit in fits.items()})
+        clamp = not any(child.config.clamp is False for _, child in patched_layers(model))
+        config = next(iter(fits.values())).config
+        shift = {name: getattr(config, name) for name in ("row_shift", "squares", "key_shift")}
+        reconfigure(model, interval=True, clamp=clamp, **shift)
+        for fit in fits.values():
+            fit.write()

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..patching.core import PolyAttention
 from ..patching.masking import real_positions
-from ..patching.patched import patched_layers, pretrained_model
+from ..patching.patched import patched_layers, pretrained_model, require_in_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,11 @@ def observe(
         title: of the progress bar.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is offloaded.
         CalibrationError: a batch that is not a model input.
     """
     root = pretrained_model(model)
+    require_in_memory(root, "calibrated or diagnosed")
     extra = {"use_cache": False} if "use_cache" in inspect.signature(root.forward).parameters else {}
     training = model.training
     model.eval()

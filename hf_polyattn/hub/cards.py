@@ -45,6 +45,7 @@ _LOADERS = (
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "image-text-to-text"),
 )
 _UNMEASURED = "Nothing was measured for this card. Measure on data of your own before relying on the model."
+_HEADING = "## Polynomial attention"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -179,6 +180,25 @@ def training_card(model: nn.Module, draft: ModelCard, repository: str = REPOSITO
     own.model_name, own.eval_results = data.model_name, data.eval_results
     own.tags = list(dict.fromkeys([*own.tags, *(data.tags or ())]))
     return card
+
+
+def name_polynomials(model: nn.Module, file: Path) -> None:
+    """Adds to a card of another library which polynomials the model has, and that this package must be imported.
+
+    Args:
+        model: patched, or around a patched one.
+        file: README.md.
+    """
+    card: Any = ModelCard.load(file, ignore_metadata_errors=True)
+    specs = _specs(model)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *TAGS, *specs]))
+    if _HEADING not in card.text:
+        card.text += (
+            f"\n\n{_HEADING}\n\nThe Transformers model inside has polynomial attention, "
+            f"{', '.join(f'`{spec}`' for spec in specs)}: install `hf_polyattn` and import it before loading.\n\n"
+            "```python\nimport hf_polyattn\n```\n"
+        )
+    card.save(file)
 
 
 def _base_of(root: Any, repository: str) -> tuple[str | None, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,9 @@ from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, PatchError
 from ..patching import settings
-from ..patching.attention import IMPLEMENTATIONS
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES, SAVED_VERSION
-from ..patching.saved_config import CONFIG_KEY
+from ..patching.saved_config import CONFIG_KEY, IMPLEMENTATIONS, mentions_polyattn
 from ..spec import MAX_REFINEMENTS
 
 #: The tensors that every polynomial has.
@@ -72,6 +72,42 @@ def check_files(
                 "code. Load it where you trust it and save it again with save_pretrained."
             )
         check_tensors(name, _polynomial_tensors(name))
+
+
+def check_index(file: str) -> None:
+    """Checks the index of the shards of a polynomial checkpoint, before Transformers reads it.
+
+    Raises:
+        CheckpointError: it is not JSON, or has no `metadata` and no `weight_map` from tensors to file names.
+    """
+    config = Path(file).with_name("config.json")
+    if not (Path(file).is_file() and config.is_file() and mentions_polyattn(config)):
+        return
+    try:
+        index = json.loads(Path(file).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as an index of shards: {error}. {_AGAIN}") from None
+    index = index if isinstance(index, dict) else {}
+    shards = index.get("weight_map")
+    whole = isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())
+    if not whole or not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(
+            f"{file} is no index of shards: it must have 'metadata' and a 'weight_map' from the names of tensors to "
+            f"those of files. {_AGAIN}"
+        )
+
+
+def check_polynomials(model: nn.Module, source: str) -> None:
+    """Checks the polynomials that a model has, after an adapter brought its own.
+
+    Raises:
+        CheckpointError: a tensor of theirs that is not finite, or a radius that is not positive.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, PolyAttention):
+            place = path.partition(f".{CHILD_NAME}")[0]
+            named = ((f"{place}.{CHILD_NAME}.{name}", tensor) for name, tensor in module.state_dict().items())
+            check_tensors(source, ((name, tensor) for name, tensor in named if not tensor.is_meta))
 
 
 def check_loaded(model: nn.Module, info: Any, source: str) -> None:

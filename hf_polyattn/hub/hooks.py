@@ -7,6 +7,7 @@ the middle of any import of Transformers, so this file imports nothing that need
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import wraps
@@ -16,6 +17,7 @@ from typing import Any
 from ..errors import PatchError
 from ..patching.attention import register
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
+from .softmax_requests import keep_polynomials
 
 _PUSH_DOCUMENTATION = """
     `hf_polyattn` adds, for models with polynomial attention:
@@ -34,6 +36,7 @@ def install_on_models(modeling_utils: Any) -> None:
     """
     register(modeling_utils.AttentionInterface)
     _install_building(modeling_utils.PreTrainedModel)
+    keep_polynomials(modeling_utils.PreTrainedModel)
     _install_loading(modeling_utils, modeling_utils.PreTrainedModel)
     _install_pushing(modeling_utils.PreTrainedModel)
 
@@ -61,6 +64,7 @@ def _install_building(model_class: Any) -> None:
         if not isinstance(module, PolyAttention):
             initialize(self, module, *args, **kwargs)
         elif not module._is_hf_initialized:  # the loader found it missing
+            _say_uncalibrated(module)
             module.reset_parameters()
             module.freeze_unused()
             module._is_hf_initialized = True
@@ -84,6 +88,16 @@ def _install_building(model_class: Any) -> None:
     model_class.save_pretrained = save_with_guard
 
 
+def _say_uncalibrated(module: PolyAttention) -> None:
+    """Warns where a config says that polynomials were calibrated, and there is no checkpoint that has them."""
+    if module.config.interval:
+        warnings.warn(
+            "the config has polynomial attention on intervals of scores (interval=True), but no coefficients, centers "
+            "and radii for them: the model is uncalibrated. Load weights, or call calibrate(model, batches).",
+            stacklevel=2,
+        )
+
+
 def _install_loading(modeling_utils: Any, model_class: Any) -> None:
     """Checks checkpoints with polynomials: before they are read, and once it is known what they lack.
 
@@ -91,7 +105,14 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
     `_load_pretrained_model` returns what a checkpoint has; `load_adapter` must not leave trained polynomials out.
     """
     load, get_dtype = model_class._load_pretrained_model, modeling_utils._get_dtype
-    load_adapter = model_class.load_adapter
+    load_adapter, read_index = model_class.load_adapter, modeling_utils.get_checkpoint_shard_files
+
+    @wraps(read_index)
+    def read_index_with_polyattn(repository: Any, index_filename: str, *args: Any, **kwargs: Any) -> Any:
+        from .checkpoint import check_index
+
+        check_index(index_filename)
+        return read_index(repository, index_filename, *args, **kwargs)
 
     @wraps(get_dtype)
     def get_dtype_with_polyattn(
@@ -127,9 +148,10 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
             options = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
             restore_polynomials(self, peft_model_id, alone=not getattr(self, "peft_config", None), **options)
         result = load_adapter(self, peft_model_id, *args, **kwargs)
-        refuse_adapter(getattr(result, "unexpected_keys", ()))
+        check_adapter(self, getattr(result, "unexpected_keys", ()))
         return result
 
+    modeling_utils.get_checkpoint_shard_files = read_index_with_polyattn
     modeling_utils._get_dtype = get_dtype_with_polyattn
     model_class._load_pretrained_model = staticmethod(load_with_polyattn)
     model_class.load_adapter = load_adapter_with_polyattn
@@ -225,10 +247,31 @@ def install_on_trainer(trainer: Any) -> None:
     trainer_class.push_to_hub = push_with_card
 
 
-def refuse_adapter(unexpected_keys: Iterable[str]) -> None:
-    """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax."""
-    from .checkpoint import polynomial_paths
+def install_on_sentence_transformers(base_model: Any) -> None:
+    """Makes the cards of Sentence Transformers name the polynomials of the model inside."""
+    model_class = base_model.BaseModel
+    create_card = model_class._create_model_card
 
+    @wraps(create_card)
+    def create_card_with_polyattn(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        create_card(self, path, *args, **kwargs)
+        file = Path(path) / "README.md"
+        if is_patched(self) and file.is_file():
+            from .cards import name_polynomials
+
+            name_polynomials(self, file)
+
+    model_class._create_model_card = create_card_with_polyattn
+
+
+def check_adapter(model: Any, unexpected_keys: Iterable[str]) -> None:
+    """Raises PatchError if an adapter has polynomials for modules that its base model runs as softmax.
+
+    And CheckpointError if those that it brought are damaged.
+    """
+    from .checkpoint import check_polynomials, polynomial_paths
+
+    check_polynomials(model, "the adapter")
     softmax = polynomial_paths(unexpected_keys)
     if softmax:
         raise PatchError(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PatchError
-from ..patching.core import CHILD_NAME, PolyAttention
-from .hooks import refuse_adapter
+from ..patching.core import CHILD_NAME, PolyAttention, is_patched
+from .hooks import check_adapter
 
 
 def install_on_wrappers(other: Any) -> None:
@@ -53,7 +53,10 @@ def install_on_tuners(tuners_utils: Any) -> None:
 
 
 def install_on_peft(peft_model: Any) -> None:
-    """Makes PEFT save the base model's polynomials with an adapter, and bring them back, or refuse the base model."""
+    """Makes PEFT save the base model's polynomials with an adapter, and bring them back, or refuse the base model.
+
+    Its cards name the polynomials.
+    """
     model_class = peft_model.PeftModel
     save, load, load_adapter = (
         model_class.save_pretrained,
@@ -84,9 +87,20 @@ def install_on_peft(peft_model: Any) -> None:
         others, again = self.peft_config.keys() - {adapter_name}, adapter_name in self.peft_config
         _restore(self, model_id, kwargs, alone=not others, again=again)
         result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
-        refuse_adapter(result.unexpected_keys)
+        check_adapter(self, result.unexpected_keys)
         return result
 
+    create_card = model_class.create_or_update_model_card
+
+    @wraps(create_card)
+    def create_card_with_polyattn(self: Any, output_dir: str) -> None:
+        create_card(self, output_dir)
+        if is_patched(self):
+            from .cards import name_polynomials
+
+            name_polynomials(self, Path(output_dir) / "README.md")
+
+    model_class.create_or_update_model_card = create_card_with_polyattn
     model_class.save_pretrained = save_with_polyattn
     model_class.from_pretrained = classmethod(load_with_polyattn)
     model_class.load_adapter = load_adapter_with_polyattn

@@ -198,17 +198,34 @@ def _transform(call: Call) -> str | None:
     """Returns what differentiates the call by other means than autograd's backward pass; None if nothing does.
 
     An operator registered with autograd knows neither the transforms of `torch.func` nor tangents, which it drops
-    without a word. Under a compiler nothing is asked, which traces transforms by itself.
+    without a word.
     """
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.maybe_current_level() is not None:
-        return f"torch.func.{torch._C._functorch.peek_interpreter_stack().key().name.lower()}"
+    transform: str | None = _function_transform()
+    if transform is not None:
+        return transform
     if forward_ad._current_level < 0:
         return None
+    if torch.compiler.is_compiling():  # what is traced hides whether it has a tangent
+        return "forward-mode automatic differentiation"
     tensors = (call.query, call.key, call.value, call.coefficients, call.center, call.radius)
-    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
-    return "forward-mode automatic differentiation" if dual else None
+    return "forward-mode automatic differentiation" if any(t is not None and _is_dual(t) for t in tensors) else None
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` holds a tensor, or it has a tangent: its values do not say all."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _is_dual(tensor)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _function_transform() -> str | None:
+    """Returns the innermost transform of `torch.func` that is going on; a compiler asks while it traces through it."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return None
+    return f"torch.func.{torch._C._functorch.peek_interpreter_stack().key().name.lower()}"
 
 
 def _runs_at_once(call: Call) -> bool:
@@ -216,18 +233,18 @@ def _runs_at_once(call: Call) -> bool:
 
     The backend is called directly then, as the dispatch through Python costs as much as a small attention.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or backends.is_traced() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     tensors = [t for t in (call.query, call.key, call.value, call.coefficients, call.center) if t is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return not call.query.is_meta and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts as `scaled_dot_product_attention` does under autocast: to the autocast dtype, float64 excepted."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -278,8 +295,8 @@ def _check_mask(mask: Tensor | None, batch: int, heads: int, q_len: int, k_len: 
         raise InputError(f"mask must be bool, True = visible; got {mask.dtype}. For an additive mask pass mask == 0.")
     if mask.device != device:
         raise InputError(f"mask is on {mask.device}, query on {device}")
-    allowed = ((1, batch), (1, heads), (1, q_len), (k_len,))
-    if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
+    allowed = ((batch, 1), (heads, 1), (q_len, 1), (k_len,))
+    if mask.dim() != 4 or not _fits(mask, allowed):
         raise InputError(
             f"mask {tuple(mask.shape)} does not fit; allowed: (B or 1, H or 1, Tq or 1, Tk) with B = {batch}, "
             f"H = {heads}, Tq = {q_len}, Tk = {k_len}"
@@ -293,11 +310,18 @@ def _check_ranges(ranges: Tensor | None, batch: int, q_len: int, device: torch.d
         raise InputError(f"ranges must be int, the start and stop of the visible keys; got {ranges.dtype}")
     if ranges.device != device:
         raise InputError(f"ranges are on {ranges.device}, query on {device}")
-    allowed = ((1, batch), (1, q_len), (2,))
-    if ranges.dim() != 3 or any(size not in sizes for size, sizes in zip(ranges.shape, allowed, strict=True)):
+    if ranges.dim() != 3 or not _fits(ranges, ((batch, 1), (q_len, 1), (2,))):
         raise InputError(
             f"ranges {tuple(ranges.shape)} do not fit; allowed: (B or 1, Tq or 1, 2) with B = {batch}, Tq = {q_len}"
         )
+
+
+def _fits(tensor: Tensor, allowed: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether each size is an allowed one.
+
+    The size of the operands comes first: that a symbolic size equals itself is known, and adds no guard to an export.
+    """
+    return all(any(size == one for one in sizes) for size, sizes in zip(tensor.shape, allowed, strict=True))
 
 
 def _center(center: float | Tensor, query: Tensor) -> Tensor | None:
@@ -307,9 +331,9 @@ def _center(center: float | Tensor, query: Tensor) -> Tensor | None:
         if center == 0.0:
             return None
         center = _per_head(center, query)
-    if center.shape == (heads,):
+    if center.dim() == 1 and center.shape[0] == heads:
         center = center[None, :, None]
-    elif center.shape != (batch, heads, q_len):
+    elif center.dim() != 3 or center.shape != (batch, heads, q_len):  # by dim() first, see `_fits`
         raise InputError(
             f"center must be a float, (H,) or (B, H, Tq) with B = {batch}, H = {heads}, Tq = {q_len}; "
             f"got {tuple(center.shape)}"

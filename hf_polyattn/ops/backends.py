@@ -141,17 +141,22 @@ def check_name(name: str) -> None:
         raise BackendError(f"backend {name!r} does not exist. Use one of {['auto', *BACKENDS]}.")
 
 
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records what runs."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined,no-any-return,no-untyped-call]
+
+
 def select(name: str, problem: Problem) -> str:
     """Returns the name of the backend that runs `problem`.
 
-    An export is run by nobody here: `auto` is `reference` then, plain ATen that needs no package to read; to ONNX every
-    backend is, for it knows no operators of ours.
+    An export or a trace is run by nobody here: `auto` is `reference` then, plain ATen that needs no package to read; to
+    ONNX every backend is, for it knows no operators of ours.
 
     Raises:
         BackendError: `name` does not exist, or cannot run the problem; it never falls back.
     """
     check_name(name)
-    if torch.onnx.is_in_onnx_export() or (name == "auto" and torch.compiler.is_exporting()):
+    if torch.onnx.is_in_onnx_export() or (name == "auto" and (torch.compiler.is_exporting() or is_traced())):
         return "reference"
     if name == "auto":
         return next(name for name, row in BACKENDS.items() if row.why_not(problem) is None and row.usable())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,12 @@ ROW_EXPONENTS = {"rsqrt": -0.5, "mean": -1.0, "none": 0.0}
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of scores and row scales for operands of a dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context in which nothing is cast; devices such as meta know no autocast."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device_type=device.type, enabled=False) if available else nullcontext()
 
 
 def empty_gradient(operand: Tensor, dtype: torch.dtype | None = None) -> Tensor:

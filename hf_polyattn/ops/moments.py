@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .api import autocast_inputs, check_masks, polynomial_attention
-from .call import compute_dtype
+from .call import compute_dtype, without_autocast
 from .masks import band, visible_keys, within
 
 _CHUNK = 64  # causal rows that take the scores of their own chunk
@@ -68,7 +68,7 @@ def score_moments(
     check_masks(mask, ranges, query, key.shape[2])
     scaling = 1.0 / math.sqrt(query.shape[3]) if scaling is None else scaling
     dtype, device = compute_dtype(query.dtype), query.device
-    with torch.autocast(device_type=device.type, enabled=False):
+    with without_autocast(device):
         q, k = query.to(dtype) * scaling, key.to(dtype)
         batch, heads, q_len, head_dim = q.shape
         k_len = k.shape[2]

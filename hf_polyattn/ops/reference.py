@@ -14,22 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import EPSILON, ROW_EXPONENTS, Call
+from .call import EPSILON, ROW_EXPONENTS, Call, without_autocast
 from .dropout import dropout_scale
 from .masks import pattern
 
 
 def attention(call: Call) -> tuple[Tensor, Tensor]:
     """Returns the output (B, Tq, H, Dv) in the query's dtype and the weights r·w (B, H, Tq, Tk)."""
-    batch, heads, q_len, head_dim = call.query.shape
-    kv_heads, k_len, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    rows = heads // kv_heads * q_len  # the query heads that share a key head become more rows
+    batch, heads, q_len, _ = call.query.shape
+    k_len = call.key.shape[2]
     dtype, device = call.compute_dtype, call.query.device
 
-    with torch.autocast(device_type=device.type, enabled=False):
-        grouped = call.query.to(dtype).reshape(batch, kv_heads, rows, head_dim)
-        scores = grouped @ call.key.to(dtype).transpose(-1, -2)
-        t = scores.reshape(batch, heads, q_len, k_len) * call.scaling
+    with without_autocast(device):
+        t = _by_key_head(call.query.to(dtype), call.key.to(dtype).transpose(-1, -2)) * call.scaling
         if call.center is not None:
             t = t - call.center.to(dtype).unsqueeze(-1)
         if call.radius is not None:
@@ -53,9 +50,25 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
             numbers = torch.arange(batch * heads * q_len, device=device).view(batch, heads, q_len)
             columns = torch.arange(k_len, device=device)
             weights = weights * dropout_scale(call.seed, numbers, columns, call.dropout)
-        out = weights.reshape(batch, kv_heads, rows, k_len) @ call.value.to(dtype)
-    out = out.reshape(batch, heads, q_len, value_dim).transpose(1, 2).contiguous()
+        out = _by_key_head(weights, call.value.to(dtype))
+    out = out.transpose(1, 2).contiguous()
     return out.to(call.query.dtype), weights
+
+
+def _by_key_head(rows: Tensor, columns: Tensor) -> Tensor:
+    """Returns the products (B, H, Tq, Y) of (B, H, Tq, X) and (B, G, X, Y): heads that share a key head are more rows.
+
+    In exports they are not: products of lengths in a shape would become guards on the lengths.
+    """
+    batch, heads, q_len, inner = rows.shape
+    kv_heads = columns.shape[1]
+    if kv_heads == heads:
+        return rows @ columns
+    if torch.compiler.is_exporting():
+        split: Tensor = rows.unflatten(1, (kv_heads, heads // kv_heads))  # type: ignore[no-untyped-call]
+        return (split @ columns.unsqueeze(2)).flatten(1, 2)
+    merged = rows.reshape(batch, kv_heads, heads // kv_heads * q_len, inner) @ columns
+    return merged.reshape(batch, heads, q_len, columns.shape[3])
 
 
 def _normalized(w: Tensor, visible: Tensor | None, normalizer: str) -> Tensor:

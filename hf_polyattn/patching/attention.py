@@ -15,11 +15,7 @@ from ..errors import UnsupportedArgumentError
 from .core import CHILD_NAME
 from .masking import packed_mask, polyattn_mask, split_mask
 from .range_mask import dense_mask
-
-IMPLEMENTATION = "polyattn"
-# The same, as saved configs name it: a Transformers without this package quotes it when it refuses the model.
-SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
-IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
+from .saved_config import IMPLEMENTATIONS
 
 # Arguments that change what softmax attention computes and that w = p(t) cannot carry.
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "sinks", "cache", "attn_bias")
@@ -77,7 +73,8 @@ def polyattn_forward(
         )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries that SDPA broadcasts over the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    if polynomial.observer is not None:
+    observer = polynomial.observer
+    if observer is not None:
         attention_mask = dense_mask(attention_mask)
     mask, ranges = split_mask(attention_mask)
     arguments: dict[str, Any] = {
@@ -86,9 +83,9 @@ def polyattn_forward(
         "window": window,
         "scaling": kwargs.get("scaling"),
     }
-    if polynomial.observer is not None:
+    if observer is not None:
         output, weights = softmax_forward(module, query, key, value, attention_mask, **kwargs)
-        polynomial.observer(query, key, value, output, **arguments)
+        observer(query, key, value, output, **arguments)
         return output, weights
     arguments["ranges"] = ranges
     arguments["dropout"] = kwargs.get("dropout", 0.0)

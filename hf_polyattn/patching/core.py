@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..ops import polynomial_attention, score_moments
-from ..ops.api import autocast_inputs
-from ..ops.call import compute_dtype
+from ..ops.api import autocast_inputs, is_transformed
+from ..ops.call import compute_dtype, without_autocast
 from ..ops.masks import visible_keys
 from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
+from .recording import is_recorded
 from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
 CHILD_NAME = "polyattn"
@@ -39,7 +41,8 @@ class PolyAttention(nn.Module):
         moments: a `MomentShift` where `config.row_shift` is moments.
         refinements: a `Refinement` for each that the spec asks for.
         config: the `PolyAttentionConfig` this module was made from; replaced by calibration.
-        observer: while set, the module's attention runs softmax and the observer sees its inputs and output.
+        observer: while set, the module's attention runs softmax and the observer sees its inputs and output. Of the
+            thread that set it: for others the module is as before.
 
     All but the settings stay float32 when the model is cast to a lower precision.
 
@@ -67,7 +70,7 @@ class PolyAttention(nn.Module):
         self.config = config
         self.heads = heads
         self.head_dim = head_dim
-        self.observer: Callable[..., None] | None = None
+        self._observers: dict[int, Callable[..., None]] = {}
         self._looked_at, self._bare = (0, -1), False
         rows = heads if config.granularity == "head" else 1
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -84,6 +87,22 @@ class PolyAttention(nn.Module):
     def place(self) -> torch.device | None:
         """Where the parameters are; None for those on the meta device, which will be elsewhere."""
         return None if self.coefficients.is_meta else self.coefficients.device
+
+    @property
+    def observer(self) -> Callable[..., None] | None:
+        """The observer of this thread; in a backward pass, which has threads of its own, the only one there is."""
+        if not self._observers:
+            return None
+        if len(self._observers) == 1 and torch._C._current_graph_task_id() != -1:
+            return next(iter(self._observers.values()))
+        return self._observers.get(threading.get_ident())
+
+    @observer.setter
+    def observer(self, observer: Callable[..., None] | None) -> None:
+        if observer is None:
+            self._observers.pop(threading.get_ident(), None)
+        else:
+            self._observers[threading.get_ident()] = observer
 
     def configure(self, config: PolyAttentionConfig) -> None:
         """Replaces the config, and freezes the parameters that it does not use or does not train.
@@ -198,7 +217,7 @@ class PolyAttention(nn.Module):
             normalizer=config.spec.normalizer,
             center=center,
             radius=self.radius.detach() if config.interval else 1.0,
-            clamp=config.clamp,
+            clamp=bool(config.clamp),
             monomial=self._is_monomial(),
             dropout=dropout,
             backend=config.backend,
@@ -228,7 +247,7 @@ class PolyAttention(nn.Module):
             backend = self.config.backend
             mean, variance = score_moments(query, key, scaling=scaling, backend=backend, **pattern)
             (rounded,) = autocast_inputs(query)
-            with torch.autocast(device_type=query.device.type, enabled=False):
+            with without_autocast(query.device):
                 center = center + moments(scaling * rounded.to(center.dtype), mean, variance, count, alpha)
         for part in self._refinements():
             center = center + part.step(self._row_sum(part, query, key, center, pattern | {"scaling": scaling}))
@@ -267,7 +286,7 @@ class PolyAttention(nn.Module):
     def _row_sum(self, part: Refinement, query: Tensor, key: Tensor, center: Tensor, pattern: dict[str, Any]) -> Tensor:
         """Returns r_i Σ_j p(t_ij) of a refinement's polynomial, (B, H, Tq), in the dtype of the centers."""
         spec = self.config.spec
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with without_autocast(query.device):
             output: Tensor = polynomial_attention(
                 query,
                 key,
@@ -277,19 +296,19 @@ class PolyAttention(nn.Module):
                 normalizer="none" if spec.normalizer == "l1" else spec.normalizer,
                 center=center + part.center.to(center.dtype)[:, None],
                 radius=part.radius,
-                clamp=self.config.clamp,
+                clamp=bool(self.config.clamp),
                 backend=self.config.backend,
                 **pattern,
             )
         return output.squeeze(-1).transpose(1, 2).to(center.dtype)
 
     def _is_monomial(self) -> bool:
-        """Whether only the highest coefficients are non-zero and no other gets a gradient: kernels then skip them.
+        """Whether only the highest coefficients are non-zero and no other gets a derivative: kernels then skip them.
 
         Off the CPU looking waits for the device, so only frozen coefficients are looked at, once for each value.
         """
         c = self.coefficients
-        if torch.compiler.is_compiling() or (c.requires_grad and torch.is_grad_enabled()):
+        if is_recorded(c) or (c.requires_grad and torch.is_grad_enabled()) or is_transformed(c):
             return False
         if c.device.type == "cpu":
             return not bool(c[:, :-1].any())
@@ -307,7 +326,7 @@ class PolyAttention(nn.Module):
         """
         (query,) = autocast_inputs(query)
         dtype = compute_dtype(query.dtype)
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with without_autocast(query.device):
             # A matrix product would first copy queries whose heads lie inside of tokens.
             shift = torch.linalg.vecdot(query.to(dtype), self.key_shift.to(dtype)[:, None])
             center: Tensor = self.center.to(dtype)[:, None] + scaling * shift

@@ -9,10 +9,10 @@ from torch import nn
 
 from ..spec import PolyAttentionConfig
 from ..tables import format_table
-from .attention import IMPLEMENTATIONS
 from .core import CHILD_NAME
 from .families import AttentionSite, attention_sites
 from .patched import active_child, patched_modules, pretrained_model
+from .saved_config import IMPLEMENTATIONS
 from .selection import why_not
 
 

@@ -15,12 +15,11 @@ from ..errors import BackendError, PatchError, SpecError
 from ..ops.backends import check_name
 from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
-from .attention import IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION
 from .core import CHILD_NAME, PolyAttention
 from .families import attention_sites
 from .ownership import claim_configs, is_part_of_a_build, own_configs, owner_of
 from .patched import active_child, bare_path, patched_layers, patched_modules, pretrained_model, require_patched
-from .saved_config import CONFIG_KEY, read_state
+from .saved_config import CONFIG_KEY, IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION, read_state
 from .selection import new_child, why_not
 
 # Where a model keeps the `modules` of the config that it was built from; None if that was written by hand.
@@ -94,7 +93,7 @@ def attach_saved(model: PreTrainedModel) -> None:
 
     Raises:
         SpecError: the saved config cannot be read, or its backend does not exist.
-        PatchError: a named module exists but cannot be patched.
+        PatchError: a named module exists but cannot be patched, or the config asks for another attention.
     """
     state = getattr(model.config, CONFIG_KEY, None)
     if state is None:
@@ -110,6 +109,12 @@ def attach_saved(model: PreTrainedModel) -> None:
     except BackendError as error:
         raise SpecError(f"{source}: {error}") from None
     specs = state.get("modules")
+    asked = model.config._attn_implementation
+    if specs is not None and asked not in IMPLEMENTATIONS:
+        raise PatchError(
+            f"{source} is of a polynomial model, and attn_implementation {asked!r} was asked for. Leave it out; for "
+            "softmax, load the model and call unpatch_model(model), or use softmax_attention(model) for a while."
+        )
     inner = [part for part in model.modules() if part is not model and getattr(part, "config", None) is model.config]
     noted = [getattr(part, SAVED_MODULES) for part in inner if hasattr(part, SAVED_MODULES)]
     setattr(model, SAVED_MODULES, noted[0] if noted else specs)

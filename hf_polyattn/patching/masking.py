@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import masking_utils
-from transformers.utils import is_tracing
 
 from ..errors import InputError, UnsupportedArgumentError
 from ..ops.masks import packed_ranges, within
 from .range_mask import RangeMask, dense_mask
+from .recording import is_recorded
 
 # Additive masks hold 0 where a score is visible and a large negative number where it is not: -1e4, which
 # bfloat16 rounds to -9984, or less.
@@ -45,10 +45,10 @@ def polyattn_mask(
 
     Returns:
         None where the module's own causality says all; a `RangeMask` (B or 1, 1, Tq, Tk); or a plain bool mask of that
-        shape, True = visible: under tracing, for patterns that are no ranges, and for padding with holes.
+        shape, True = visible: where it is recorded, for patterns that are no ranges, and for padding with holes.
     """
     ranges = None
-    if not (use_vmap or is_tracing(attention_mask)):
+    if not (use_vmap or is_recorded(attention_mask) or is_recorded(torch.empty(0, device=device))):
         ranges = _ranges(
             q_length, kv_length, int(q_offset) - kv_offset, kv_offset, mask_function, attention_mask, device
         )
@@ -190,8 +190,8 @@ def packed_mask(
             f"{[None if borders is None else tuple(borders.shape) for borders in cu_seqlens]}."
         )
     of_model = mask.ranges if isinstance(mask, RangeMask) else None
-    if is_tracing(query) or of_keys.is_inference() or (mask is not None and of_model is None):
-        return _apart(mask, of_keys, k_len, causal, window, tracing=is_tracing(query))
+    if is_recorded(query) or of_keys.is_inference() or (mask is not None and of_model is None):
+        return _apart(mask, of_keys, k_len, causal, window, recorded=is_recorded(query))
     # Every layer of a forward pass asks with the same tensors: the answer stays with the borders.
     asked, kept = (of_keys._version, k_len, causal, window), getattr(of_keys, "_polyattn_kept", None)
     if kept is None or kept[0] != asked or kept[1] is not of_model:
@@ -201,7 +201,7 @@ def packed_mask(
 
 
 def _apart(
-    mask: Tensor | None, borders: Tensor, length: int, causal: bool, window: int | None, *, tracing: bool = False
+    mask: Tensor | None, borders: Tensor, length: int, causal: bool, window: int | None, *, recorded: bool = False
 ) -> Tensor:
     """Returns the mask of `packed_mask`."""
     start, stop = packed_ranges(borders, length).unbind(-1)
@@ -214,7 +214,7 @@ def _apart(
         start, stop = torch.maximum(start, mask.ranges[..., 0]), torch.minimum(stop, mask.ranges[..., 1])
         mask = None
     ranges = torch.stack([start, torch.maximum(start, stop)], dim=-1)
-    if mask is None and not tracing:
+    if mask is None and not recorded:
         return RangeMask(ranges, length, length)
     apart = within(ranges, slice(0, length))
     return apart if mask is None else visible_scores(mask) & apart
@@ -243,7 +243,7 @@ def visible_scores(mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         raise InputError(f"a 4D attention mask must be bool or additive float, got {mask.dtype}. Use mask.bool().")
     visible = mask == 0.0
-    if not torch.compiler.is_compiling() and not bool((visible | (mask <= _MASKED_BELOW)).all()):
+    if not is_recorded(mask) and not bool((visible | (mask <= _MASKED_BELOW)).all()):
         raise InputError(
             "the additive attention mask has values between 0 and -1e4: a position bias, which polynomial "
             "attention cannot add to its scores. Allowed: 0 (visible) and values of -1e4 or less (masked)."

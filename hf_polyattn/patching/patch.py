@@ -18,9 +18,10 @@ from .description import table_of
 from .families import AttentionSite, attention_sites
 from .governing import arm, armed_configs, disarm, governing_configs
 from .ownership import own_configs
-from .patched import active_child, patched_modules, pretrained_model, require_patched
+from .patched import active_child, patched_modules, pretrained_model, require_in_memory, require_patched
 from .saved_config import CONFIG_KEY
 from .selection import new_child, own_config, why_not
+from .threads import alone
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -40,8 +41,8 @@ def patch_model(
     `model.config` becomes a copy of what it was: other models built from the same config object stay as they are.
 
     Args:
-        model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a PEFT,
-            DDP or compiled wrapper around one.
+        model: a `PreTrainedModel` of any family whose attention uses the attention interface, or a module around one:
+            PEFT's, DDP's, a compiled one, a SentenceTransformer, a CrossEncoder, one's own.
         config: a spec string such as "poly3" or "poly6-l1", or a whole `PolyAttentionConfig`.
         layers: only these layer numbers; the others stay softmax.
         include: glob patterns on module paths; only what matches is patched.
@@ -56,7 +57,7 @@ def patch_model(
         SpecError: the config cannot be read.
         BackendError: the config's backend does not exist.
         PatchError: the model has nothing that can be patched, has attention that would silently stay
-            softmax, or is already patched with another config. The model is left as it was.
+            softmax, is offloaded, or is already patched with another config. The model is left as it was.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
@@ -73,6 +74,7 @@ def patch_model(
         return model
 
     _require_patchable(root, sites, config)
+    require_in_memory(root, "patched")
     if dry_run:
         print(table_of(sites, config))
         return model
@@ -115,22 +117,24 @@ def unpatch_model(model: AnyModule) -> AnyModule:
 
 @contextmanager
 def softmax_attention(model: nn.Module) -> Iterator[None]:
-    """Runs a patched model with its original softmax attention inside the `with` block.
+    """Runs a patched model with its original softmax attention inside the `with` block, in this thread.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or another thread has it in such a block. Other threads that run the model
+            meanwhile get this error, too.
     """
     root = pretrained_model(model)
     require_patched(root)
-    configs = [owner.config for owner in armed_configs(root)]
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation_internal = getattr(config, CONFIG_KEY)["softmax_implementation"]
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+    with alone(root, "softmax_attention"):
+        configs = [owner.config for owner in armed_configs(root)]
+        before = [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation_internal = getattr(config, CONFIG_KEY)["softmax_implementation"]
+            yield
+        finally:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
 
 
 def _merge(

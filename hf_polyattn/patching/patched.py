@@ -26,10 +26,10 @@ def spec_of(model: nn.Module) -> str:
 
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel:
-    """Returns the `PreTrainedModel` inside a PEFT, DDP, FSDP or compiled wrapper.
+    """Returns the `PreTrainedModel` inside a PEFT, DDP, FSDP or compiled wrapper, or the only one inside any module.
 
     Raises:
-        PatchError: there is none.
+        PatchError: there is none, or more than one.
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
@@ -40,10 +40,22 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
         elif isinstance(getattr(inner, "module", None), nn.Module):
             inner = inner.module
         else:
-            raise PatchError(
-                f"expected a transformers PreTrainedModel or a wrapper around one, got {type(model).__name__}"
-            )
+            return _only_model_inside(model)
     return inner
+
+
+def _only_model_inside(model: nn.Module) -> PreTrainedModel:
+    """Returns the one model of Transformers inside of a module: a SentenceTransformer, a CrossEncoder, one's own."""
+    found: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, PreTrainedModel) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    if len(found) == 1:
+        return next(iter(found.values()))
+    inside = f", with {len(found)} of them inside, at {sorted(found)}: pass one of those" if found else ""
+    raise PatchError(
+        f"expected a transformers PreTrainedModel or a wrapper around one, got {type(model).__name__}{inside}"
+    )
 
 
 def active_child(module: nn.Module) -> PolyAttention:
@@ -51,6 +63,8 @@ def active_child(module: nn.Module) -> PolyAttention:
     child: Any = module._modules[CHILD_NAME]
     if isinstance(child, PolyAttention):
         return child
+    if isinstance(getattr(child, "module", None), PolyAttention):  # FullyShardedDataParallel around it
+        return child.module  # type: ignore[no-any-return]
     copies = getattr(child, "modules_to_save", {})  # PEFT's ModulesToSaveWrapper
     for adapter in getattr(child, "active_adapters", []):
         if adapter in copies:
@@ -67,6 +81,17 @@ def require_patched(root: PreTrainedModel) -> None:
     """Raises PatchError if no attention module of the model is polynomial."""
     if not is_patched(root):
         raise PatchError(f"{type(root).__name__} is not patched; call patch_model(model, spec) first")
+
+
+def require_in_memory(root: PreTrainedModel, doing: str) -> None:
+    """Raises PatchError if Accelerate keeps weights of the model elsewhere, where nobody can write them."""
+    for path, module in root.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,))):
+            raise PatchError(
+                f"{type(root).__name__} cannot be {doing}: weights are offloaded, at {path!r} (cpu_offload, "
+                "disk_offload or a device_map). Load it whole, patch, calibrate and save; offload what is loaded then."
+            )
 
 
 def bare_path(model: PreTrainedModel, path: str) -> str:

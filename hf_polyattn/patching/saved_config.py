@@ -18,6 +18,10 @@ from ..errors import SpecError
 from ..spec import PolyAttentionConfig, Polynomial
 
 CONFIG_KEY = "polyattn_config"
+IMPLEMENTATION = "polyattn"
+# The same, as saved configs name it: a Transformers without this package quotes it when it refuses the model.
+SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
+IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
 
 # A patched model of 200 layers needs 20 kB and 200 entries, 5 levels deep.
 MAX_BYTES = 16 * 2**20
@@ -56,13 +60,19 @@ _SINCE_2 = {"row_shift", "squares"}
 
 
 def install_on_configs(configuration_utils: Any) -> None:
-    """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file."""
+    """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file.
+
+    And lets configs of polynomial models say `output_attentions`, which Transformers has for "eager" only, and take
+    `attn_implementation=None` for what it says, nothing.
+    """
     config_class = configuration_utils.PreTrainedConfig
+    _allow_output_attentions(config_class)
+    _allow_none(config_class)
     read = config_class._dict_from_json_file.__func__
 
     @wraps(read)
     def read_with_polyattn(cls: Any, json_file: str | os.PathLike[str]) -> Any:
-        mentioned = _mentions_polyattn(json_file)
+        mentioned = mentions_polyattn(json_file)
         if mentioned and os.path.getsize(json_file) > MAX_BYTES:
             raise SpecError(f"{json_file} has {os.path.getsize(json_file)} bytes; a config has at most {MAX_BYTES}")
         try:
@@ -75,6 +85,47 @@ def install_on_configs(configuration_utils: Any) -> None:
         return content
 
     config_class._dict_from_json_file = classmethod(read_with_polyattn)
+
+
+def _allow_output_attentions(config_class: Any) -> None:
+    attribute, validate = config_class.output_attentions, config_class.validate_output_attentions
+
+    def set_output_attentions(self: Any, value: bool) -> None:
+        if value and self._attn_implementation in IMPLEMENTATIONS:
+            self._output_attentions = value
+        else:
+            attribute.fset(self, value)
+
+    @wraps(validate)
+    def validate_with_polyattn(self: Any) -> None:
+        if self._attn_implementation not in IMPLEMENTATIONS:
+            validate(self)
+
+    config_class.output_attentions = attribute.setter(set_output_attentions)
+    config_class.validate_output_attentions = validate_with_polyattn
+    classes = [config_class]
+    while classes:  # each class of configs keeps a list of its validators
+        kind = classes.pop()
+        classes += kind.__subclasses__()
+        validators = vars(kind).get("__class_validators__", [])
+        validators[:] = [validate_with_polyattn if one is validate else one for one in validators]
+
+
+def _allow_none(config_class: Any) -> None:
+    implementation, from_dict = config_class._attn_implementation, config_class.from_dict.__func__
+
+    def set_implementation(self: Any, value: Any) -> None:
+        if value is not None or getattr(self, "_attn_implementation_internal", None) not in IMPLEMENTATIONS:
+            implementation.fset(self, value)
+
+    @wraps(from_dict)
+    def from_dict_with_polyattn(cls: Any, config_dict: Any, **kwargs: Any) -> Any:
+        if CONFIG_KEY in config_dict and kwargs.get("attn_implementation", "") is None:
+            del kwargs["attn_implementation"]
+        return from_dict(cls, config_dict, **kwargs)
+
+    config_class._attn_implementation = implementation.setter(set_implementation)
+    config_class.from_dict = classmethod(from_dict_with_polyattn)  # type: ignore[arg-type]
 
 
 def _read(state: Any) -> PolyAttentionConfig:
@@ -133,7 +184,7 @@ def _walk(value: Any) -> Iterator[tuple[Any, int]]:
             waiting += [(inner, depth + 1) for inner in value]
 
 
-def _mentions_polyattn(json_file: str | os.PathLike[str]) -> bool:
+def mentions_polyattn(json_file: str | os.PathLike[str]) -> bool:
     """Whether a file mentions `polyattn_config`; other models' configs are none of this package's business."""
     if os.path.getsize(json_file) == 0:
         return False

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, Repository
 
 import hf_polyattn as hp
-from hf_polyattn.patching.attention import SAVED_IMPLEMENTATION
+from hf_polyattn.patching.saved_config import SAVED_IMPLEMENTATION
 
 MODELS = {  # repository: checkpoint and what loads it
     "me/bert-poly3": ("minilm", "AutoModel"),

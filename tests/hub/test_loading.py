@@ -29,9 +29,9 @@ from transformers import (
 )
 
 import hf_polyattn as hp
-from hf_polyattn.patching.attention import SAVED_IMPLEMENTATION
 from hf_polyattn.patching.core import PolyAttention
 from hf_polyattn.patching.patched import patched_layers
+from hf_polyattn.patching.saved_config import SAVED_IMPLEMENTATION
 
 BASE = {
     "minilm": "AutoModel",
@@ -133,14 +133,6 @@ def test_saving_again_keeps_the_guard(name: str, saved: Path, tmp_path: Path) ->
     hp.unpatch_model(model).save_pretrained(tmp_path / "softmax")
     assert guard(tmp_path / "softmax") == (None, False)
     assert not any("polyattn" in key for key in load_file(tmp_path / "softmax" / "model.safetensors"))
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_asking_for_an_implementation_chooses_the_softmax_only(implementation: str, saved: Path, batch: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(saved / "llama", attn_implementation=implementation)
-    assert torch.equal(output(model, batch("llama")), torch.load(saved / "llama.pt")["logits"])
-    hp.unpatch_model(model)
-    assert model.config._attn_implementation == implementation
 
 
 def test_a_copied_config_builds_the_same_modules(saved: Path) -> None:

@@ -136,3 +136,44 @@ def test_weights_of_a_patched_model_have_per_sample_gradients(pretrained: Any, p
     assert sum("polyattn" in name for name in trained) == 3
     for name, grad in trained.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-9 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap", "dual"])
+def test_transforms_inside_of_compiled_code_are_right(transform: str) -> None:
+    query, *others = tensors(torch.float64)
+
+    def run(query: Tensor, backend: str = "auto") -> Tensor:
+        def function(q: Tensor) -> Tensor:
+            return attend(backend, causal=True)(q, *others)
+
+        if transform == "jvp":
+            return torch.func.jvp(function, (query,), (query.cos(),))[1]
+        if transform == "grad":
+            return torch.func.grad(lambda q: function(q).square().sum())(query)
+        if transform == "vmap":
+            return torch.func.vmap(function)(torch.stack([query, query.cos()]))
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(query, query.cos()))).tangent
+
+    torch._dynamo.reset()
+    close(torch.compile(run, backend="aot_eager")(query), run(query, "reference"))
+
+
+def test_code_compiled_before_is_right_under_tangents() -> None:
+    query, *others = tensors(torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: attend(causal=True)(q, *others), backend="aot_eager")
+    compiled(query)
+    expected = torch.func.jvp(lambda q: attend("reference", causal=True)(q, *others), (query,), (query.cos(),))[1]
+    with forward_ad.dual_level():
+        close(forward_ad.unpack_dual(compiled(forward_ad.make_dual(query, query.cos()))).tangent, expected)
+
+
+def test_compiled_transforms_of_a_fused_backend_are_refused_by_name() -> None:
+    query, *others = tensors(torch.float32)
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda q: torch.func.jvp(lambda q: attend("chunked")(q, *others), (q,), (q,))[1], backend="eager"
+    )
+    with pytest.raises(Exception, match=r"runs under torch\.func\.jvp"):
+        function(query)

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 import hf_polyattn as hp
-from hf_polyattn.patching.attention import SAVED_IMPLEMENTATION
 from hf_polyattn.patching.patched import patched_layers
+from hf_polyattn.patching.saved_config import SAVED_IMPLEMENTATION
 
 HALVES = ("encoder", "decoder")
 CONFIG = hp.PolyAttentionConfig("poly3", interval=True, clamp=True, key_shift=True)
