@@ -45,7 +45,9 @@ def _install_on_wrapper(wrapper_class: Any) -> None:
     @wraps(initialize)
     def initialize_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
-        policy, apart = given.arguments.get("auto_wrap_policy"), set(_apart(given.arguments["module"]))
+        module, policy = given.arguments["module"], given.arguments.get("auto_wrap_policy")
+        wrapped = {part.module for part in module.modules() if isinstance(part, wrapper_class)}
+        apart = set(_apart(module)) - wrapped
         if apart and (policy is None or callable(policy)):
             given.arguments["auto_wrap_policy"] = _wrapping(apart, policy)
         initialize(*given.args, **given.kwargs)
