@@ -17,7 +17,7 @@ from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
 from .core import CHILD_NAME, PolyAttention
 from .families import attention_sites
-from .ownership import claim_configs, is_part_of_a_build, own_configs, owner_of
+from .ownership import claim_configs, is_part_of_a_build, join_configs, own_configs, owner_of
 from .patched import active_child, bare_path, patched_layers, patched_modules, pretrained_model, require_patched
 from .saved_config import CONFIG_KEY, IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION, read_state
 from .selection import new_child, why_not
@@ -72,6 +72,8 @@ def armed_configs(root: PreTrainedModel) -> list[GoverningConfig]:
     if any(not hasattr(owner.config, CONFIG_KEY) for owner in owners):
         own_configs(root)
         owners = governing_configs(root)
+    if owners:
+        join_configs(root)
     for owner in owners:
         if hasattr(owner.config, CONFIG_KEY):
             # A state dict that was loaded may have brought other settings.

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize, ref
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # The outermost model that governs by a config, by the config's id.
 _OWNERS: WeakValueDictionary[int, PreTrainedModel] = WeakValueDictionary()
+
+
+# The config that a config was copied from, by the copy's id: a model around may still have it inside of its own.
+_ORIGINALS: dict[int, ref[PreTrainedConfig]] = {}
 
 
 def own_configs(model: nn.Module) -> None:
@@ -23,12 +27,36 @@ def own_configs(model: nn.Module) -> None:
         model: a `PreTrainedModel` or a wrapper around one.
     """
     parts = set(model.modules())
-    memo: dict[int, object] = {}
+    # A part that has a copy already keeps it: the config that names the part has the original.
+    memo = {id(original): config for original, config in _copied(model)}
     for module in parts:
         for name, config in _configs(module):
-            if owner_of(config) not in parts:
-                vars(module)[name] = copy.deepcopy(config, memo)
+            owner = owner_of(config)
+            if owner is None or (owner not in parts and model not in set(owner.modules())):
+                vars(module)[name] = copied = copy.deepcopy(config, memo)
+                _ORIGINALS[id(copied)] = ref(config)
+                finalize(copied, _ORIGINALS.pop, id(copied), None)
     claim_configs(model)
+
+
+def join_configs(model: nn.Module) -> None:
+    """Puts the configs of parts that were patched by themselves into the config of the model around them."""
+    copied = list(_copied(model))
+    for module in model.modules():
+        for _, config in _configs(module):
+            for name, inner in vars(config).items():
+                for original, copy_of_it in copied:
+                    if inner is original:
+                        vars(config)[name] = copy_of_it
+
+
+def _copied(model: nn.Module) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
+    """Yields (original, copy) for each config of the model that is a copy of one that is still there."""
+    for module in model.modules():
+        for _, config in _configs(module):
+            original = _ORIGINALS[id(config)]() if id(config) in _ORIGINALS else None
+            if original is not None:
+                yield original, config
 
 
 def claim_configs(model: nn.Module) -> None:
@@ -36,7 +64,9 @@ def claim_configs(model: nn.Module) -> None:
     root = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     for module in model.modules():
         for _, config in _configs(module):
-            _OWNERS[id(config)] = root
+            owner = owner_of(config)
+            if owner is None or root not in set(owner.modules()):
+                _OWNERS[id(config)] = root
 
 
 def owner_of(config: PreTrainedConfig) -> PreTrainedModel | None:
