@@ -183,7 +183,7 @@ class PolyAttentionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as JSON types, with its format version."""
         data = asdict(self)
-        data["spec"], data["clamp"] = str(self.spec), bool(self.clamp)
+        data["spec"] = str(self.spec)
         data["layer_specs"] = {str(layer): str(spec) for layer, spec in self.layer_specs}
         for name in ("layers", "include", "exclude"):
             data[name] = None if data[name] is None else list(data[name])
@@ -216,8 +216,8 @@ class PolyAttentionConfig:
         if "spec" not in data:
             raise SpecError(f"polyattn config has no 'spec'; it has {sorted(data)}")
         settings = {key: value for key, value in data.items() if key != "format_version"}
-        if settings.get("clamp") is False and not settings.get("interval"):
-            settings["clamp"] = None  # of an uncalibrated polynomial, as `to_dict` writes it
+        if version == 1 and settings.get("clamp") is False and not settings.get("interval"):
+            settings["clamp"] = None  # version 1 did not tell whether anybody had said so
         return cls(**settings)
 
 

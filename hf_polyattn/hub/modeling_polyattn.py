@@ -226,8 +226,9 @@ class PolynomialModel(PreTrainedModel):  # type: ignore[misc]
         for path, module in model.named_modules():
             if hf_polyattn is None and isinstance(module, PolyAttention) and hasattr(module, "settings"):
                 module.settings = module.settings.to(torch.uint8)
-                if json.loads(bytes(module.settings.tolist()).rstrip(b"\0")) != module.expected:
-                    raise ValueError(f"the settings of {path} are not those of config.json, which is followed. {FIX}")
+                found = json.loads(bytes(module.settings.tolist()).rstrip(b"\0"))
+                if found != module.expected:
+                    raise ValueError(f"{path} has the settings {found}, but config.json says {module.expected}. {FIX}")
         return (model, info) if wanted else model
 
 
