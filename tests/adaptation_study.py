@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 import hf_polyattn as hp
-from hf_polyattn.adaptation.calibration import fit_layers, write_fits
+from hf_polyattn.adaptation.calibration import fit_layers, same_shift, write_fits
 from hf_polyattn.adaptation.capture import Observation, Replay, model_inputs, observing
 from hf_polyattn.adaptation.distillation import LEARNING_RATES, divergence
 from hf_polyattn.adaptation.training import TrainingOptions, TrainingState, param_groups, train
@@ -72,7 +72,7 @@ def sequential(model: PreTrainedModel, batches: list[Batch], *, refit: bool = Fa
     """Calibrates front to back, each layer on what the polynomials before it make of the data; also its projection."""
     for path, child in patched_layers(model):
         inputs = own_inputs(model, path, child, batches)
-        write_fits(model, fit_layers(model, inputs, {path: child.config.spec}))
+        write_fits(model, fit_layers(model, inputs, {path: child.config.spec}, same_shift(model)))
         if refit:
             fit_projection(model, path, inputs)
 

@@ -31,7 +31,7 @@ import hf_polyattn as hp
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "calibration.json"
-SPECS = ("poly3", "poly4-l1", "poly6-l1", "poly3^16-l1")
+SPECS = ("poly3", "poly3~1", "poly3~2", "poly4-l1", "poly6-l1", "poly3^16-l1")
 
 
 @dataclass(frozen=True)

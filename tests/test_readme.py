@@ -39,7 +39,7 @@ def test_calibration() -> None:
     rows = {name.split(",")[0]: cells for name, *cells in table("| softmax | `poly3`")}
     assert {names[name] for name in rows} == set(checkpoints)
     for name, cells in rows.items():
-        specs = ("softmax", "poly3", "poly4-l1", "poly6-l1", "poly3^16-l1")
+        specs = ("softmax", "poly3", "poly3~1", "poly4-l1", "poly6-l1", "poly3^16-l1")
         assert cells == [f"{next(iter(checkpoints[names[name]][spec].values())):.4f}" for spec in specs]
 
 

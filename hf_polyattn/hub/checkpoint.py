@@ -152,6 +152,8 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             del missing[path]
             info.missing_keys.discard(f"{path}.{settings.NAME}")
             polynomials[path].settings = settings.encoded(polynomials[path].config, polynomials[path].place)
+    for layer in polynomials.values():
+        layer._is_hf_initialized = True
     saved = any(getattr(module, SAVED_MODULES, None) is not None for module in model.modules())
     for path, names in sorted(missing.items()):
         if saved or len(names) < len(polynomials[path].state_dict()):

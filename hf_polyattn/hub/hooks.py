@@ -64,7 +64,8 @@ def _install_building(model_class: Any) -> None:
         if not isinstance(module, PolyAttention):
             initialize(self, module, *args, **kwargs)
         elif not module._is_hf_initialized:  # the loader found it missing
-            _say_uncalibrated(module)
+            if not module.coefficients.is_meta:  # which is filled later
+                _say_uncalibrated(module)
             module.reset_parameters()
             module.freeze_unused()
             module._is_hf_initialized = True

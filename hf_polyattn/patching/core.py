@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from .recording import is_recorded
 from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
 CHILD_NAME = "polyattn"
+FAR = 2  # times the most keys of the calibration, beyond which a forward pass warns
 
 
 class PolyAttention(nn.Module):
@@ -59,6 +61,7 @@ class PolyAttention(nn.Module):
     radius: nn.Parameter
     settings: Tensor
     moments: MomentShift | None
+    _lengths: tuple[int, ...] | None
     refinements: nn.ModuleList | None
     # What Transformers asks before it initializes a module: only its loader knows that something is missing.
     _is_hf_initialized: bool = True
@@ -111,6 +114,7 @@ class PolyAttention(nn.Module):
         """
         trained = config.learnable and (self.coefficients.requires_grad or not self.config.learnable)
         self.config = config
+        self._lengths, self._is_hf_initialized = None, True
         self._fit_row_shift()
         self.train_polynomial(trained)
         self.write_settings()
@@ -243,6 +247,7 @@ class PolyAttention(nn.Module):
         alpha = alpha_of(self.config.spec.normalizer)
         moments = self.moments
         if moments is not None:
+            self._warn_of_length(key)
             count = visible_keys(query.shape[2], key.shape[2], query.device, **pattern)
             backend = self.config.backend
             mean, variance = score_moments(query, key, scaling=scaling, backend=backend, **pattern)
@@ -252,6 +257,19 @@ class PolyAttention(nn.Module):
         for part in self._refinements():
             center = center + part.step(self._row_sum(part, query, key, center, pattern | {"scaling": scaling}))
         return center
+
+    def _warn_of_length(self, key: Tensor) -> None:
+        """Warns where a sequence is far longer than those of the calibration; looks at them once."""
+        if is_recorded(key) or self.moments is None:
+            return
+        if self._lengths is None:
+            self._lengths = tuple(int(length) for length in self.moments.lengths.tolist())
+        if key.shape[2] > FAR * self._lengths[1]:
+            warnings.warn(
+                f"a sequence has {key.shape[2]} keys, but this model was calibrated on rows of {self._lengths[0]} to "
+                f"{self._lengths[1]} keys: what it computes there is not measured. Calibrate on longer ones.",
+                stacklevel=2,
+            )
 
     def _refinements(self) -> Iterator[Refinement]:
         for part in self.refinements or ():

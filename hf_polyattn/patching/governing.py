@@ -134,7 +134,9 @@ def attach_saved(model: PreTrainedModel) -> None:
                 f"{source} names a polynomial at {site.path!r}, but {site.obstacle}. Save the model again."
             )
         if CHILD_NAME not in site.module._modules:
-            site.module.add_module(CHILD_NAME, new_child(site, dataclasses.replace(config, spec=own, layer_specs=())))
+            child = new_child(site, dataclasses.replace(config, spec=own, layer_specs=()))
+            child._is_hf_initialized = not config.interval  # until something is loaded, which may never happen
+            site.module.add_module(CHILD_NAME, child)
     if not _is_armed(model.config) or owner_of(model.config) in set(model.modules()):
         claim_configs(model)
     for owner in governing_configs(model):

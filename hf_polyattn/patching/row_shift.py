@@ -46,7 +46,8 @@ def features(query: Tensor, mean: Tensor, variance: Tensor, count: Tensor, squar
     found = torch.stack(listed, -1)
     if squares is None or squares.shape[1] == 0:
         return found
-    return torch.cat([found, (query @ squares.transpose(-1, -2)).square()], -1)
+    # copied, so that the product does not depend on where a loaded tensor happens to lie in memory
+    return torch.cat([found, (query @ squares.transpose(-1, -2).contiguous()).square()], -1)
 
 
 def prior(mean: Tensor, variance: Tensor, count: Tensor, alpha: float) -> Tensor:

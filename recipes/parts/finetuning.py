@@ -235,7 +235,7 @@ class Arms:
     def push(self, spec: str) -> None:
         """Uploads the saved model of an arm, each arm to a repository of its own."""
         name = self.arguments.hub_model_id or self.output.name
-        repository = f"{name}-{spec.replace('^', '-pow')}"
+        repository = f"{name}-{spec.replace('^', '-pow').replace('~', '-ref')}"
         model = self.load(self.output / spec / "model")
         token, private = self.arguments.hub_token, self.arguments.hub_private_repo
         for part in (model, self.task.processor):

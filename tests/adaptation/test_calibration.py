@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_reported_explained_variance_is_that_of_the_written_polynomial(spec: str
     """The report comes from accumulated sums; recompute it from what the patched layer really outputs."""
     from hf_polyattn.adaptation.capture import observe
 
-    model, batches = sharpened(small_bert(), 2.0), token_batches()
+    model, batches = sharpened(small_bert(), 4.0), token_batches()
     hp.patch_model(model, hp.PolyAttentionConfig(spec, granularity=granularity))
     report = hp.calibrate(model, batches, progress=False)
     outputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -169,6 +170,64 @@ def test_key_shift_narrows_the_partition_sums() -> None:
     without = hp.calibrate(hp.patch_model(small_bert(), "poly3"), token_batches(), key_shift=False, progress=False)
     for shifted, plain in zip(with_shift.layers, without.layers, strict=True):
         assert sum(shifted.residual) < 0.9 * sum(plain.residual)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"row_shift": "none"}, ("none", 0)),
+        ({"key_shift": False}, ("none", 0)),
+        ({"row_shift": "linear"}, ("linear", 0)),
+        ({"row_shift": "moments"}, ("moments", 0)),
+        ({"row_shift": "moments", "squares": 3}, ("moments", 3)),
+        ({"spec": "poly3^16-l1"}, ("linear", 0)),
+    ],
+    ids=str,
+)
+def test_the_row_shift_that_is_asked_for_is_fitted_and_saved(
+    options: dict[str, Any], expected: tuple[str, int], tmp_path: Path
+) -> None:
+    model, batches = hp.patch_model(small_bert(), "poly3"), token_batches()
+    hp.calibrate(model, batches, progress=False, **options)
+    for _, layer in patched_layers(model):
+        assert (layer.config.row_shift, layer.config.squares) == expected
+        assert ("moments" in layer._modules) == (expected[0] == "moments")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        answers = [some(**batches[0]).last_hidden_state for some in (model, type(model).from_pretrained(tmp_path))]
+    assert torch.equal(*answers)
+
+
+def test_auto_takes_moments_where_they_predict_rows_held_out() -> None:
+    """A BERT whose keys differ from text to text, and one of whose rows the query tells all."""
+    model, batches = hp.patch_model(small_bert(), "poly3~1"), token_batches()
+    report = hp.calibrate(model, batches, progress=False)
+    assert {layer.config.row_shift for _, layer in patched_layers(model)} == {"moments"}
+    linear = hp.calibrate(hp.patch_model(small_bert(), "poly3"), batches, row_shift="linear", progress=False)
+    for refined, plain in zip(report.layers, linear.layers, strict=True):
+        assert sum(refined.residual) < 0.5 * sum(plain.residual)
+        assert refined.spread == pytest.approx(plain.spread)
+
+
+def test_sequences_far_longer_than_those_of_the_calibration_are_warned_of() -> None:
+    model = hp.patch_model(small_bert(), "poly3")
+    hp.calibrate(model, token_batches(), row_shift="moments", progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(input_ids=torch.ones(1, 40, dtype=torch.long))
+    assert not caught
+    with pytest.warns(UserWarning, match=r"60 keys.*calibrated on rows of 24 to 24"):
+        model(input_ids=torch.ones(1, 60, dtype=torch.long))
+
+
+def test_a_row_shift_that_does_not_exist_is_refused() -> None:
+    model = hp.patch_model(small_bert(), "poly3")
+    before = state(model)
+    with pytest.raises(hp.InputError, match=r"row_shift must be one of .*'moments'.* got 'square'"):
+        hp.calibrate(model, token_batches(), row_shift="square")
+    with pytest.raises(hp.InputError, match=r"squares join the moments.*got 'linear'"):
+        hp.calibrate(model, token_batches(), row_shift="linear", squares=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
 def test_rank_deficient_heads_are_calibrated() -> None:
@@ -261,7 +320,7 @@ def test_streaming_gives_the_same_polynomials_as_replaying(monkeypatch: pytest.M
         hp.calibrate(model, token_batches(), progress=False)
         found[limit] = (passes, state(model))
     assert found[2**30][0] == 1
-    assert found[2**10][0] == 7
+    assert found[2**10][0] == 9  # of which two look for squares of the queries
     for name, tensor in found[2**30][1].items():
         torch.testing.assert_close(tensor, found[2**10][1][name], rtol=1e-4, atol=1e-4)
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import cast
 
 from ...errors import InputError
+from ...patching.row_shift import FEATURES
 from ...spec import RowShift as RowShiftKind
 from .row_shift import Predictor, RowShift
 
 KINDS = ("auto", "none", "linear", "moments")
+ROWS_FOR_AN_UNKNOWN = 4  # below which a predictor is not tried
 SQUARES = 8  # that are tried
 GAIN = 0.95  # of the residual, that a costlier predictor has to reach
 
@@ -47,20 +49,18 @@ class PredictorChoice:
     def _decide(self) -> Predictor:
         if self.row_shift != "auto":
             return Predictor(cast("RowShiftKind", self.row_shift), self.squares or 0)
-        if not self.worth_it:
+        moments, squares = Predictor("moments"), SQUARES if self.squares is None else self.squares
+        unknowns = 2 * max(shift.head_dim for shift in self.shifts) + len(FEATURES) + 1
+        if not self.worth_it or min(shift.count for shift in self.shifts) < ROWS_FOR_AN_UNKNOWN * unknowns:
             return Predictor("linear")
-        linear, moments = (
-            _residual(self.shifts, predictor) for predictor in (Predictor("linear"), Predictor("moments"))
-        )
-        if math.isnan(linear):
+        simple, better = (_residual(self.shifts, predictor) for predictor in (Predictor("linear"), moments))
+        if math.isnan(simple):
             warnings.warn(
                 "too few rows to hold some out: the row shift stays linear. Give more batches, or row_shift='moments'.",
                 stacklevel=2,
             )
             return Predictor("linear")
-        if not moments < GAIN * linear:
-            return Predictor("linear")
-        return Predictor("moments", SQUARES if self.squares is None else self.squares)
+        return Predictor("moments", squares) if better < GAIN * simple else Predictor("linear")
 
     def last(self) -> Predictor:
         """Returns what to solve for once the rows were seen with their squares."""
