@@ -128,7 +128,7 @@ def _take(root: Any, file: Path, specs: Mapping[str, str], tensors: Mapping[str,
         if state.keys() == saved.keys() and all(torch.equal(state[name].cpu(), saved[name]) for name in state):
             continue
         start = PolyAttention(child.config, child.heads, child.head_dim).state_dict()
-        untouched = not child.config.interval and all(torch.equal(state[name].cpu(), start[name]) for name in start)
+        untouched = all(torch.equal(state[name].cpu(), start[name]) for name in start)
         (fresh if untouched or again else different).append(path)
     if different:
         shown = f"{different[:5]}{' …' if len(different) > 5 else ''}"

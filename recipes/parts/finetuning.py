@@ -166,9 +166,16 @@ class Arms:
         return result
 
     def load(self, source: str | Path) -> PreTrainedModel:
-        """Returns a model in eval mode; a new head starts from the same random numbers each time."""
+        """Returns a model in eval mode; a new head starts from the same random numbers each time.
+
+        Its weights are copied out of their file: how a product is rounded depends on where a matrix lies in memory, and
+        what was saved and is loaded again is compared to the bit.
+        """
         set_seed(self.arguments.seed)
-        return self.task.load_model(str(source), dtype=self.arguments.dtype).eval()
+        model = self.task.load_model(str(source), dtype=self.arguments.dtype).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
 
     def arm_arguments(self, spec: str) -> FinetuningArguments:
         """Returns the arguments of an arm: its own folder, steps and learning rates."""
