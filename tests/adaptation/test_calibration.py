@@ -30,14 +30,14 @@ def case(
     return request.param, built, built.measure(built.model)
 
 
-# What calibration alone must reach on held-out data. The figures of the design are, for MiniLM's cosine,
-# 0.969, 0.992, 0.9992 and 1.0000; for a language model, the NLL as a multiple of softmax's.
+# What calibration alone must reach on held-out data: a cosine; for a language model, the NLL as a multiple of softmax's;
+# for ViT, the top-1 agreement.
 KEPT = {
-    "minilm": {"poly3": 0.965, "poly4-l1": 0.9995, "poly6-l1": 0.9999, "poly3^16-l1": 0.9998},
-    "gpt2-zinc": {"poly3": 1.05, "poly6-l1": 1.002, "poly3^16-l1": 1.003},
-    "gpt2-tinystories": {"poly3^16-l1": 1.003},
-    "llama": {"poly4-l1": 1.03, "poly3^16-l1": 1.01},
-    "vit": {"poly3^16-l1": 0.97},
+    "minilm": {"poly3": 0.994, "poly3~1": 0.9975, "poly4-l1": 0.9995, "poly6-l1": 0.9999, "poly3^16-l1": 0.9998},
+    "gpt2-zinc": {"poly3": 1.012, "poly3~1": 1.002, "poly6-l1": 1.002, "poly3^16-l1": 1.003},
+    "gpt2-tinystories": {"poly3": 1.012, "poly3~1": 1.003, "poly3^16-l1": 1.003},
+    "llama": {"poly3~1": 1.06, "poly4-l1": 1.006, "poly3^16-l1": 1.01},
+    "vit": {"poly3~1": 0.8, "poly3^16-l1": 0.97},
 }
 
 
