@@ -28,7 +28,7 @@ def calibrated(pretrained: Any, batch: Any) -> Callable[[str], Any]:
 
     def make(spec: str) -> Any:
         model = hp.patch_model(pretrained("llama", "AutoModelForCausalLM"), spec)
-        hp.calibrate(model, [batch("llama", 4)], progress=False)
+        hp.calibrate(model, [batch("llama", 4)], row_shift="moments", squares=8, progress=False)
         return model
 
     return make
