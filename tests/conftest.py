@@ -156,6 +156,17 @@ def randomize(model: Any, seed: int) -> None:
             layer.radius.copy_(6.0 + 2.0 * torch.tanh(noise(layer.radius)))
         if layer.config.key_shift:
             layer.key_shift.copy_(0.1 * noise(layer.key_shift))
+        if layer.moments is not None:
+            for tensor in (layer.moments.weights, layer.moments.length_shift, layer.moments.squares):
+                tensor.copy_(0.1 * noise(tensor))
+            layer.moments.means.copy_(noise(layer.moments.means))
+            layer.moments.scales.copy_(1.0 + noise(layer.moments.scales).abs())
+            layer.moments.lengths.copy_(torch.tensor([2.0, 12.0]))
+        for refinement in layer.refinements or ():
+            refinement.coefficients.add_(0.2 * noise(refinement.coefficients))
+            refinement.steps.copy_(0.1 * noise(refinement.steps))
+            refinement.center.copy_(noise(refinement.center))
+            refinement.radius.fill_(7.0)
 
 
 @pytest.fixture

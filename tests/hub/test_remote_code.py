@@ -21,7 +21,10 @@ from hf_polyattn.patching.patched import patched_layers
 CONFIGS = {
     "minilm": ("AutoModel", hp.PolyAttentionConfig("poly4-l1", interval=True, clamp=True, key_shift=True)),
     "gpt2-zinc": ("AutoModelForCausalLM", hp.PolyAttentionConfig("poly3", layers=[1, 2], granularity="layer")),
-    "llama": ("AutoModelForCausalLM", hp.PolyAttentionConfig("poly3", interval=True, clamp=True, key_shift=True)),
+    "llama": (
+        "AutoModelForCausalLM",
+        hp.PolyAttentionConfig("poly3~2", interval=True, clamp=True, row_shift="moments", squares=3),
+    ),
     "vit": ("AutoModelForImageClassification", hp.PolyAttentionConfig("poly3^4-l1", interval=True, clamp=True)),
 }
 TOLERANCE = 1e-4  # of the largest logit, in float32
