@@ -67,6 +67,11 @@ def test_import_adds_nothing_heavy_to_transformers_and_takes_no_time() -> None:
     assert min(float(seconds) for seconds, _ in runs) < 0.3
 
 
+def test_the_operator_imports_no_compiler() -> None:
+    """The command line waits for it, and it takes longer than the rest of torch."""
+    assert python("import sys, hf_polyattn.ops; print('torch._dynamo' in sys.modules)") == "False\n"
+
+
 def test_the_operator_works_without_triton() -> None:
     assert python(WITHOUT_TRITON + USE).split() == ["1", "5", "2", "8"]
 

@@ -200,7 +200,7 @@ def _transform(call: Call) -> str | None:
     An operator registered with autograd knows neither the transforms of `torch.func` nor tangents, which it drops
     without a word.
     """
-    transform: str | None = _function_transform()
+    transform = _function_transform()
     if transform is not None:
         return transform
     if forward_ad._current_level < 0:
@@ -220,7 +220,7 @@ def _is_dual(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@backends.constant
 def _function_transform() -> str | None:
     """Returns the innermost transform of `torch.func` that is going on; a compiler asks while it traces through it."""
     if torch._C._functorch.maybe_current_level() is None:

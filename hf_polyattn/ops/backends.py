@@ -9,10 +9,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
 from ..errors import BackendError
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant(function: Function) -> Function:
+    """Has a compiler ask a function while it traces, as `torch.compiler.assume_constant_result` does.
+
+    That imports the compiler, which takes longer than all the rest of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,7 @@ def _cpu_why_not(problem: Problem) -> str | None:
     return _chunked_why_not(problem)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _cpu_is_usable() -> bool:
     return _cpu_kernels_load()
 
@@ -107,11 +119,10 @@ def _triton_why_not(problem: Problem) -> str | None:
         return "Triton's interpreter computes bfloat16 products wrongly"
     if max(problem.head_dim, problem.value_dim) > 256:
         return f"head dims above 256: {problem.head_dim} and {problem.value_dim}"
-    missing: str | None = _chunked_why_not(problem) or _triton_missing()
-    return missing
+    return _chunked_why_not(problem) or _triton_missing()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _triton_missing() -> str | None:
     """Returns why Triton cannot run on this machine, or None."""
     try:
