@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.masks import band
+from ..ops.moments import moments_of
 from ..patching.core import PolyAttention
 from ..patching.patched import patched_layers, spec_of
 from ..patching.row_shift import alpha_of, features
 from ..spec import PolyAttentionConfig
 from .capture import Observation, observing
 from .distillation import divergence_from
+from .fitting.solves import solve
 from .teacher import check_training, teaching
 from .training import TrainingOptions, TrainingReport, TrainingState, param_groups, train
 
@@ -131,7 +133,8 @@ def _loss(
 def residual(seen: Observation, config: PolyAttentionConfig) -> Tensor:
     """Returns the mean squared residual of a layer's log partition sums, nats², a differentiable float32 scalar.
 
-    It is what the row shift of the config, with weights of this batch, would leave of them.
+    It is what the row shift of the config, with weights of this batch, would leave of them; moments where none is
+    chosen yet, as `calibrate` will most likely.
 
     The regression is that of this batch, per head; its coefficients are held fixed, for they are optimal: the gradient
     is that of the minimum.
@@ -160,19 +163,16 @@ def residual(seen: Observation, config: PolyAttentionConfig) -> Tensor:
     y = lse - alpha_of(config.spec.normalizer) * count.log()
     query = query * seen.scaling
     x = torch.cat([query, torch.ones_like(query[..., :1])], -1)
-    if config.row_shift == "moments":
-        mean = (scores * visible).sum(-1) / count
-        variance = ((scores - mean.unsqueeze(-1)).square() * visible).sum(-1) / count
-        x = torch.cat([x, count.log().unsqueeze(-1) * query, features(query, mean, variance, count, None)], -1)
+    uncalibrated = config.row_shift == "none" and not config.interval
+    if config.row_shift == "moments" or uncalibrated:
+        found = features(query, *moments_of(scores, visible, count), count, None)
+        x = torch.cat([x, count.log().unsqueeze(-1) * query, found], -1)
     x = x.transpose(0, 1).flatten(1, 2)
     y, weight = (tensor.transpose(0, 1).flatten(1) for tensor in (y, weight.float()))  # (H, rows)
     with torch.no_grad():
         weighted = (x * weight.unsqueeze(-1)).double()
-        gram = weighted.mT @ x.double()
-        gram = gram + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.shape[-1]).to(
-            gram
-        )
-        solution = torch.linalg.solve(gram, weighted.mT @ y.double().unsqueeze(-1)).float()
-    rest = y - (x @ solution).squeeze(-1)
+        moment = (weighted.mT @ y.double().unsqueeze(-1)).squeeze(-1)
+        solution = solve(weighted.mT @ x.double(), moment, ridge=1e-6).float()
+    rest = y - (x @ solution.unsqueeze(-1)).squeeze(-1)
     mean_square: Tensor = (rest.square() * weight).sum() / weight.sum().clamp(min=1.0)
     return mean_square

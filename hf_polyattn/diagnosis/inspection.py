@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.call import EPSILON, ROW_EXPONENTS
-from ..ops.masks import band, within
+from ..ops.masks import visible
 from ..patching.core import PolyAttention
 
 
@@ -39,16 +39,12 @@ def visible_keys(
         mask, ranges, causal, window: of `polynomial_attention`.
         device: of the result.
     """
-    pattern = band(rows, range(k_len), causal, window, device)
-    visible = torch.ones(1, 1, len(rows), k_len, dtype=torch.bool, device=device)
-    if pattern is not None:
-        visible = visible & pattern
     chosen = slice(rows.start, rows.stop, rows.step)
-    if ranges is not None:
-        visible = visible & within(ranges if ranges.shape[1] == 1 else ranges[:, chosen], slice(0, k_len))
-    if mask is not None:
-        visible = visible & (mask if mask.shape[2] == 1 else mask[:, :, chosen])
-    return visible
+    ranges = ranges if ranges is None or ranges.shape[1] == 1 else ranges[:, chosen]
+    mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, chosen]
+    seen = visible(rows, range(k_len), device, mask=mask, ranges=ranges, causal=causal, window=window)
+    every = torch.ones(1, 1, len(rows), k_len, dtype=torch.bool, device=device)
+    return every if seen is None else every & seen
 
 
 def scaled_scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:

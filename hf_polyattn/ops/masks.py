@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,20 +45,47 @@ def within(ranges: Tensor, keys: slice) -> Tensor:
     return (start <= j) & (j < stop)
 
 
-def pattern(call: Call, entries: slice, heads: slice, rows: slice, columns: slice) -> Tensor | None:
-    """Returns what a part of the query rows may see of a part of the keys; None where that is all.
+def visible(
+    queries: range | slice,
+    keys: range | slice,
+    device: torch.device,
+    *,
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor | None:
+    """Returns which keys query rows see, of the band, the ranges and the mask together; None where that is all.
+
+    Args:
+        queries, keys: the numbers of both.
+        device: of the result.
+        mask, ranges: of these queries and keys, else as of `polynomial_attention`, as are causal and window.
 
     Returns:
-        bool, broadcastable to (entries, heads, rows, columns), of the band, the ranges and the mask together.
+        bool, broadcastable to (B, H, queries, keys).
     """
-    visible = band(rows, columns, call.causal, call.window, call.query.device)
-    if call.ranges is not None:
-        inside = within(_part(call.ranges, entries, rows, slice(None)), columns)
-        visible = inside if visible is None else inside & visible
-    if call.mask is not None:
-        mask = _part(call.mask, entries, heads, rows, columns)
-        visible = mask if visible is None else mask & visible
-    return visible
+    seen = band(queries, keys, causal, window, device)
+    if ranges is not None:
+        inside = within(ranges, slice(keys.start, keys.stop))
+        seen = inside if seen is None else inside & seen
+    if mask is not None:
+        seen = mask if seen is None else mask & seen
+    return seen
+
+
+def pattern(call: Call, entries: slice, heads: slice, rows: slice, columns: slice) -> Tensor | None:
+    """Returns what `visible` does of a part of a call's query rows and keys."""
+    ranges, mask = call.ranges, call.mask
+    return visible(
+        rows,
+        columns,
+        call.query.device,
+        mask=None if mask is None else _part(mask, entries, heads, rows, columns),
+        ranges=None if ranges is None else _part(ranges, entries, rows, slice(None)),
+        causal=call.causal,
+        window=call.window,
+    )
 
 
 def _part(tensor: Tensor, *parts: slice) -> Tensor:
@@ -64,7 +93,7 @@ def _part(tensor: Tensor, *parts: slice) -> Tensor:
     return tensor[tuple(p if size > 1 else slice(None) for p, size in zip(parts, tensor.shape, strict=True))]
 
 
-def visible_keys(
+def count_visible(
     queries: int,
     keys: int,
     device: torch.device,
@@ -79,13 +108,10 @@ def visible_keys(
     Arguments are those of `polynomial_attention`.
     """
     if mask is not None:
-        visible = mask
-        seen = band(slice(0, queries), slice(0, keys), causal, window, device)
-        if seen is not None:
-            visible = visible & seen
-        if ranges is not None:
-            visible = visible & within(ranges, slice(0, keys))
-        return visible.sum(-1).clamp(min=1)
+        parts: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
+        seen = visible(slice(0, queries), slice(0, keys), device, **parts)
+        assert seen is not None
+        return seen.sum(-1).clamp(min=1)
     i = torch.arange(queries, device=device)
     low, high = torch.zeros_like(i), torch.full_like(i, keys)
     if causal:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from .api import autocast_inputs, check_masks, polynomial_attention
 from .call import compute_dtype, without_autocast
-from .masks import band, visible_keys, within
+from .masks import count_visible, visible, within
 
 _CHUNK = 64  # causal rows that take the scores of their own chunk
 _SCORES = 2**24  # scores that are held at once, at most
@@ -121,7 +121,7 @@ def _of_keys(q: Tensor, k: Tensor, visible: Tensor | None) -> tuple[Tensor, Tens
 def _of_prefixes(q: Tensor, k: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the moments of causal rows: q (B, G, R, T, D), (B, G, R, T) each."""
     batch, groups, repeats, length, head_dim = q.shape
-    n = visible_keys(length, length, q.device, causal=True)[:, :, None]
+    n = count_visible(length, length, q.device, causal=True)[:, :, None]
     if visible is not None:
         n = visible.squeeze(-1).cumsum(-1)[:, :, None]
     centered, mean = _centered(k, visible)
@@ -144,34 +144,26 @@ def _of_scores(q: Tensor, k: Tensor, pattern: dict[str, Any]) -> tuple[Tensor, T
     heads, q_len, k_len = q.shape[1], q.shape[2], k.shape[2]
     grouped = q.reshape(q.shape[0], k.shape[1], heads // k.shape[1], q_len, q.shape[3])
     scores = (grouped @ k.transpose(-1, -2).unsqueeze(2)).flatten(1, 2)
-    hidden = _hidden(q_len, k_len, q.device, **pattern)
-    n = visible_keys(q_len, k_len, q.device, **pattern)
+    seen = visible(slice(0, q_len), slice(0, k_len), q.device, **pattern)
+    return moments_of(scores, seen, count_visible(q_len, k_len, q.device, **pattern))
+
+
+def moments_of(scores: Tensor, seen: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the variance of scores (B, H, rows, Tk) at hand, (B, H, rows) each.
+
+    Args:
+        scores: float.
+        seen: bool, broadcastable to them; None for all. What is hidden may be anything.
+        count: visible keys, at least 1, broadcastable to the result.
+    """
+    hidden = None if seen is None else ~seen
     if hidden is not None:
         scores = scores.masked_fill(hidden, 0.0)
-    mean = scores.sum(-1) / n
+    mean = scores.sum(-1) / count
     scores = scores - mean.unsqueeze(-1)
     if hidden is not None:
         scores = scores.masked_fill(hidden, 0.0)
-    return mean, scores.square().sum(-1) / n
-
-
-def _hidden(
-    q_len: int,
-    k_len: int,
-    device: torch.device,
-    *,
-    mask: Tensor | None,
-    ranges: Tensor | None,
-    causal: bool,
-    window: int | None,
-) -> Tensor | None:
-    visible = band(slice(0, q_len), slice(0, k_len), causal, window, device)
-    if ranges is not None:
-        inside = within(ranges, slice(0, k_len))
-        visible = inside if visible is None else inside & visible
-    if mask is not None:
-        visible = mask if visible is None else mask & visible
-    return None if visible is None else ~visible
+    return mean, scores.square().sum(-1) / count
 
 
 def _of_passes(q: Tensor, k: Tensor, pattern: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from ..errors import PatchError
 from ..ops import polynomial_attention, score_moments
 from ..ops.api import autocast_inputs, is_transformed
 from ..ops.call import compute_dtype, without_autocast
-from ..ops.masks import visible_keys
+from ..ops.masks import count_visible
+from ..ops.moments import moments_of
 from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
 from .recording import is_recorded
@@ -248,7 +249,7 @@ class PolyAttention(nn.Module):
         moments = self.moments
         if moments is not None:
             self._warn_of_length(key)
-            count = visible_keys(query.shape[2], key.shape[2], query.device, **pattern)
+            count = count_visible(query.shape[2], key.shape[2], query.device, **pattern)
             backend = self.config.backend
             mean, variance = score_moments(query, key, scaling=scaling, backend=backend, **pattern)
             (rounded,) = autocast_inputs(query)
@@ -290,9 +291,7 @@ class PolyAttention(nn.Module):
         count = visible.sum(-1).clamp(min=1)
         moments = self.moments
         if moments is not None:
-            mean = scores.masked_fill(~visible, 0.0).sum(-1) / count
-            variance = (scores - mean.unsqueeze(-1)).masked_fill(~visible, 0.0).square().sum(-1) / count
-            center = center + moments(scaling * query, mean, variance, count, alpha)
+            center = center + moments(scaling * query, *moments_of(scores, visible, count), count, alpha)
         for part in self._refinements():
             t = scores - (center + part.center.to(center.dtype)[:, None]).unsqueeze(-1)
             t = t / part.radius.to(t.dtype)[:, None, None]

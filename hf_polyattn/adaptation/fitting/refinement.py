@@ -10,6 +10,7 @@ from torch import Tensor
 from ...patching.row_shift import ROW_SUMS, STEPS, Refinement, evaluate, step
 from ...spec import Polynomial
 from .interval import Intervals
+from .regression import Regression
 from .row_shift import RowShift
 from .rows import Rows
 from .solves import solve
@@ -36,10 +37,7 @@ class FittedRefinement:
 
     def __init__(self, spec: Polynomial, interval: Intervals, coefficients: Tensor, shift: RowShift) -> None:
         self.spec, self.interval, self.coefficients, self.shift = spec, interval, coefficients, shift
-        heads = len(coefficients)
-        self._gram = coefficients.new_zeros(heads, STEPS, STEPS)
-        self._moment, self._square = self._gram[..., 0].clone(), self._gram[:, 0, 0].clone()
-        self._count = 0.0
+        self._regression = Regression.zeros(len(coefficients), STEPS, coefficients.device)
 
     def row_sums(self, rows: Rows, shifted: Tensor) -> Tensor:
         """Returns S_i of shifted scores, (b, H, Tq)."""
@@ -48,24 +46,18 @@ class FittedRefinement:
 
     def see(self, rows: Rows, shifted: Tensor) -> None:
         """Adds rows to the regression of what their shift leaves."""
-        left = (self.shift.target(rows) - (rows.scores - shifted)[..., 0]) * rows.weight
+        left = self.shift.target(rows) - (rows.scores - shifted)[..., 0]
         z = (self.row_sums(rows, shifted).clamp(*ROW_SUMS) - 1.0).double()
-        x = z.unsqueeze(-1) ** torch.arange(STEPS, device=z.device) * rows.weight.unsqueeze(-1)
-        self._gram += torch.einsum("bhti,bhtj->hij", x, x)
-        self._moment += torch.einsum("bhti,bht->hi", x, left.double())
-        self._square += left.double().square().sum((0, 2))
-        self._count += float(rows.weight[:, 0].sum())
+        self._regression.add(_powers(z), left, rows.weight)
 
     def solve(self) -> None:
         """Solves for the step."""
-        s = torch.logspace(
-            math.log10(ROW_SUMS[0]), math.log10(ROW_SUMS[1]), 32, dtype=torch.float64, device=self._gram.device
-        )
-        x = (s.unsqueeze(-1) - 1.0) ** torch.arange(STEPS, device=s.device) * (_PRIOR * self._count / len(s)) ** 0.5
-        y = s.log() * (_PRIOR * self._count / len(s)) ** 0.5
-        self.steps = solve(self._gram + x.T @ x, self._moment + x.T @ y, ridge=_RIDGE)
-        explained = (self.steps * (2.0 * self._moment - (self._gram @ self.steps.unsqueeze(-1)).squeeze(-1))).sum(-1)
-        self.residual = ((self._square - explained) / self._count).clamp(min=0.0).sqrt()
+        sums = self._regression
+        ends = [math.log10(end) for end in ROW_SUMS]
+        s = torch.logspace(ends[0], ends[1], 32, dtype=torch.float64, device=sums.gram.device)
+        x, y, weight = _powers(s - 1.0), s.log(), _PRIOR * sums.count / len(s)
+        self.steps = solve(sums.gram + weight * x.T @ x, sums.moment + weight * x.T @ y, ridge=_RIDGE)
+        self.residual = sums.error(self.steps).sqrt()
 
     def of(self, rows: Rows, shifted: Tensor) -> Tensor:
         """Returns the step of each row, (b, H, Tq)."""
@@ -78,3 +70,8 @@ class FittedRefinement:
         module.steps.copy_(self.steps)
         module.center.copy_((tops - radii) - (top - radius))
         module.radius.copy_(radii)
+
+
+def _powers(z: Tensor) -> Tensor:
+    """Returns 1, z, z² …, what a step is linear in, in a new last dimension."""
+    return z.unsqueeze(-1) ** torch.arange(STEPS, device=z.device)

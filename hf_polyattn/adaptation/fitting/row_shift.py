@@ -8,7 +8,6 @@ weights are solved for here. Where the data leave a weight open it is that of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from ...patching.core import PolyAttention
 from ...patching.row_shift import FEATURES, MomentShift, features
 from ...spec import RowShift as Kind
+from .regression import Regression
 from .rows import Rows
 from .solves import solve
 
@@ -31,41 +31,6 @@ class Predictor:
 
     kind: Kind
     squares: int = 0
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Σ x xᵀ (H, F, F), Σ x y (H, F), Σ y² (H,) and the number of rows, of features x and s_i = y."""
-
-    gram: Tensor
-    moment: Tensor
-    square: Tensor
-    count: float = 0.0
-
-    @classmethod
-    def zeros(cls, heads: int, size: int, device: torch.device) -> _Sums:
-        """Returns sums of no row."""
-        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        zeros = torch.zeros(heads, size, size, **options)
-        return cls(zeros, zeros[..., 0].clone(), zeros[:, 0, 0].clone())
-
-    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Adds rows x (b, H, Tq, F), y and weight (b, H, Tq)."""
-        x, y = x.double() * weight.unsqueeze(-1), y.double() * weight
-        self.gram += torch.einsum("bhti,bhtj->hij", x, x)
-        self.moment += torch.einsum("bhti,bht->hi", x, y)
-        self.square += y.square().sum((0, 2))
-        self.count += float(weight[:, 0].sum())
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.gram + other.gram, self.moment + other.moment, self.square + other.square, self.count + other.count
-        )
-
-    def error(self, solution: Tensor) -> Tensor:
-        """Returns the mean square of y − x·solution, (H,)."""
-        explained = (solution * (2.0 * self.moment - (self.gram @ solution.unsqueeze(-1)).squeeze(-1))).sum(-1)
-        return ((self.square - explained) / max(self.count, 1.0)).clamp(min=0.0)
 
 
 class RowShift:
@@ -96,7 +61,7 @@ class RowShift:
 
     def _restart(self) -> None:
         size = 2 * self.head_dim + len(FEATURES) + self.squares.shape[1] + 1
-        self._fitted, self._held_out = (_Sums.zeros(self.heads, size, self.device) for _ in range(2))
+        self._fitted, self._held_out = (Regression.zeros(self.heads, size, self.device) for _ in range(2))
         self._entries = 0
 
     @property
@@ -147,7 +112,7 @@ class RowShift:
             weights[place + _M], weights[place + _V], weights[place + _LOG_N] = 1.0, 0.5, 1.0 - self.alpha
         return weights
 
-    def _solve(self, sums: _Sums, predictor: Predictor, ridge: float) -> Tensor:
+    def _solve(self, sums: Regression, predictor: Predictor, ridge: float) -> Tensor:
         """Returns the weights, (H, F)."""
         base = self._prior(predictor)
         moment = sums.moment - sums.gram @ base

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import CalibrationError
 from ...ops.masks import band
+from ...ops.moments import moments_of
 from ..capture import Observation
 
 _CHUNK_SCORES = 2**21
@@ -46,9 +47,7 @@ class Rows:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Returns the mean and the variance of the visible scores, (b, H, Tq) each."""
-        mean = self.scores.sum(-1) / self.count
-        centered = (self.scores - mean.unsqueeze(-1)) * self.visible
-        return mean, centered.square().sum(-1) / self.count
+        return moments_of(self.scores, self.visible > 0.0, self.count)
 
     def fixed_scale(self, normalizer: str) -> Tensor:
         """Returns r_i of a normalizer that does not look at the scores, (b, 1 or H, Tq)."""
