@@ -28,13 +28,12 @@ from ..errors import PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.governing import change_specs, reconfigure
 from ..patching.patched import patched_layers, pretrained_model, spec_of
-from ..patching.row_shift import FEATURES
 from ..patching.threads import alone
 from ..spec import Polynomial
 from ..tables import format_table
 from .capture import Observation, Replay, take_batches
 from .fitting.layer import LayerFit, LayerReport, Pass
-from .fitting.predictor import PredictorChoice
+from .fitting.predictor import ROWS_FOR_AN_UNKNOWN, PredictorChoice
 from .fitting.rows import observed_rows
 
 
@@ -57,7 +56,7 @@ class CalibrationReport:
     #: A layer whose mean explained variance is lower than this is said to fit badly.
     BAD_FIT = 0.8
     #: Fewer rows for each unknown than this are too few to tell how good a fit is.
-    ROWS_FOR_AN_UNKNOWN = 4
+    ROWS_FOR_AN_UNKNOWN = ROWS_FOR_AN_UNKNOWN
 
     @property
     def too_few_rows(self) -> str | None:
@@ -96,10 +95,10 @@ class CalibrationReport:
                     f"{_mean(layer.spread):.2f} → {_mean(layer.residual):.2f}",
                 )
             )
-        verdict = "every layer fits."
+        verdicts = [self.too_few_rows] if self.too_few_rows else []
         if self.bad_layers:
-            verdict = f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}."
-        verdict = self.too_few_rows or verdict
+            verdicts.append(f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}.")
+        verdict = " ".join(verdicts) or "every layer fits."
         return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer: {verdict}"
 
 
@@ -153,18 +152,11 @@ def calibrate(
     fits = fit_layers(model, passes, specs, choice)
     write_fits(model, fits)
     first = next(iter(fits.values()))
-    unknowns = max(_unknowns(child) for _, child in patched_layers(model))
+    unknowns = max(fit.unknowns for fit in fits.values())
     report = CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()), unknowns)
     if report.too_few_rows:
         warnings.warn(report.too_few_rows, stacklevel=3)  # of `calibrate`, and of torch's decorator around it
     return report
-
-
-def _unknowns(child: PolyAttention) -> int:
-    """Returns the unknowns of the larger of a head's two regressions: of its row shift, and of its coefficients."""
-    dim, config = child.head_dim, child.config
-    shift = {"none": 1, "linear": dim + 1, "moments": 2 * dim + len(FEATURES) + config.squares + 1}
-    return max(shift[config.row_shift], config.spec.degree + 1)
 
 
 def choice_for(specs: Iterable[Polynomial], row_shift: str, squares: int | None) -> PredictorChoice:

@@ -23,6 +23,8 @@ IMPLEMENTATION = "polyattn"
 SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
 IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
 
+# Fields that version 1 did not have.
+_SINCE_2 = {"row_shift", "squares"}
 # A patched model of 200 layers needs 20 kB and 200 entries, 5 levels deep.
 MAX_BYTES = 16 * 2**20
 MAX_ENTRIES = 10_000
@@ -53,10 +55,6 @@ def read_state(state: Any, source: str) -> PolyAttentionConfig:
         reason = str(error)
         reason = reason if len(reason) <= MAX_LENGTH else f"{reason[:MAX_LENGTH]} …"
         raise SpecError(f"{source}: cannot read {CONFIG_KEY}: {reason}") from None
-
-
-# Fields that version 1 did not have.
-_SINCE_2 = {"row_shift", "squares"}
 
 
 def install_on_configs(configuration_utils: Any) -> None:

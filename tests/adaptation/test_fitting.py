@@ -262,7 +262,7 @@ def test_heads_choose_for_themselves_or_together() -> None:
     ("spec", "row_shift"),
     [
         *(("poly3", row_shift) for row_shift in ("none", "linear", "moments")),
-        *((spec, "moments") for spec in ("poly4-l1", "poly3~2", "poly4~1-l1", "poly2^4~1-l1")),
+        *((spec, "moments") for spec in ("poly4-l1", "poly3~2", "poly4~1-l1", "poly2^4~1")),
         ("poly3~1", "linear"),
     ],
 )
@@ -289,4 +289,4 @@ def test_what_is_written_is_what_was_reported(spec: str, row_shift: str) -> None
     reported = torch.tensor(fit.report.explained_variance).double()
     torch.testing.assert_close(explained(), reported, rtol=0, atol=1e-4)
     fit.child.load_state_dict(before, strict=False)
-    assert (explained() - reported).abs().max() > 2e-3
+    assert (explained() - reported).abs().min() > 1e-2

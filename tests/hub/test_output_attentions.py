@@ -8,17 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from auto_classes import AUTO_CLASSES
 from transformers import AutoConfig
 
 import hf_polyattn as hp
 
-NAMES = {
-    "minilm": "AutoModel",
-    "gpt2-zinc": "AutoModelForCausalLM",
-    "llama": "AutoModelForCausalLM",
-    "vit": "AutoModelForImageClassification",
-}
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", AUTO_CLASSES)
 
 
 @each
@@ -27,11 +22,11 @@ def test_a_model_that_returns_attentions_is_patched_saved_and_loaded(
     name: str, pretrained: Any, polynomial: Any, batch: Any, tmp_path: Path
 ) -> None:
     options = {"num_hidden_layers": 2, "attn_implementation": "eager", "output_attentions": True}
-    model = polynomial(pretrained(name, NAMES[name], **options))
+    model = polynomial(pretrained(name, AUTO_CLASSES[name], **options))
     expected = model(**batch(name)).attentions
     assert len(expected) == 2
     model.save_pretrained(tmp_path)
-    loaded = getattr(transformers, NAMES[name]).from_pretrained(tmp_path)
+    loaded = getattr(transformers, AUTO_CLASSES[name]).from_pretrained(tmp_path)
     assert loaded.config.output_attentions
     for found, weights in zip(loaded(**batch(name)).attentions, expected, strict=True):
         assert torch.equal(found, weights)
@@ -46,10 +41,10 @@ def test_a_model_that_returns_attentions_is_patched_saved_and_loaded(
 def test_attentions_can_be_asked_for_when_a_model_is_loaded_or_patched(
     name: str, pretrained: Any, polynomial: Any, batch: Any, tmp_path: Path
 ) -> None:
-    model = polynomial(pretrained(name, NAMES[name], num_hidden_layers=2))
+    model = polynomial(pretrained(name, AUTO_CLASSES[name], num_hidden_layers=2))
     model.save_pretrained(tmp_path)
     expected = model(**batch(name), output_attentions=True).attentions
-    loaded = getattr(transformers, NAMES[name]).from_pretrained(tmp_path, output_attentions=True)
+    loaded = getattr(transformers, AUTO_CLASSES[name]).from_pretrained(tmp_path, output_attentions=True)
     model.config.output_attentions = True
     for asked in (loaded, model):
         for found, weights in zip(asked(**batch(name)).attentions, expected, strict=True):

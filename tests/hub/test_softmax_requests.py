@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from auto_classes import AUTO_CLASSES
 from torch import Tensor
 from transformers import AutoConfig, CLIPConfig, CLIPModel, GenerationConfig, pipeline
 
 import hf_polyattn as hp
 from hf_polyattn.errors import PatchError
 
-NAMES = {
-    "minilm": "AutoModel",
-    "gpt2-zinc": "AutoModelForCausalLM",
-    "llama": "AutoModelForCausalLM",
-    "vit": "AutoModelForImageClassification",
-}
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", AUTO_CLASSES)
 others = pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 
 
@@ -35,7 +30,7 @@ def output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def test_a_patched_model_refuses_another_implementation(
     name: str, implementation: str, pretrained: Any, polynomial: Any, batch: Any
 ) -> None:
-    model = polynomial(pretrained(name, NAMES[name], num_hidden_layers=2))
+    model = polynomial(pretrained(name, AUTO_CLASSES[name], num_hidden_layers=2))
     expected = output(model, batch(name))
     for asked in (implementation, {"": implementation}):
         with pytest.raises(PatchError, match=rf"{implementation}.*unpatch_model\(model\).*softmax_attention"):
@@ -93,7 +88,7 @@ def test_the_softmax_half_of_a_composite_model_is_free() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2-zinc", "llama"])
 def test_continuous_batching_has_an_error_of_its_own(name: str, pretrained: Any, polynomial: Any) -> None:
-    model = polynomial(pretrained(name, NAMES[name], num_hidden_layers=1))
+    model = polynomial(pretrained(name, AUTO_CLASSES[name], num_hidden_layers=1))
     with pytest.raises(PatchError, match=rf"{type(model).__name__} has polynomial attention.*model\.generate"):
         model.generate_batch([[3, 4, 5]], GenerationConfig(max_new_tokens=2))
     assert model.config._attn_implementation == "polyattn"

@@ -268,7 +268,7 @@ def test_later_steps_read_the_cross_attention_keys_from_the_cache(family: str, c
 @both
 @pytest.mark.parametrize("spec", [EXACT, CUBIC])
 def test_padding_of_the_encoder_changes_nothing(family: str, spec: str, calibrated: Any, words: Any) -> None:
-    model, unseen = copy.deepcopy(calibrated(family, spec)).double(), words[1]  # moments of other sums round otherwise
+    model, unseen = calibrated(family, spec).double(), words[1]  # moments of other sums round otherwise
     answers = with_labels(unseen)["labels"]
     longer = source(unseen, LONGEST + 5)
     assert longer["input_ids"].shape[1] > source(unseen)["input_ids"].shape[1]
@@ -326,14 +326,15 @@ def test_distillation_brings_a_cubic_closer_to_softmax(family: str, softmax: Any
     assert agreement(generate(model, unseen), expected) > before < 1.0
 
 
-def test_padding_of_the_decoder_is_no_part_of_the_loss(softmax: Any, calibrated: Any, words: Any) -> None:
-    teacher, model, batch = softmax("bart"), calibrated("bart", CUBIC), with_labels(words[1][:16])
+def test_padding_of_the_decoder_is_no_part_of_the_loss(softmax: Any, words: Any) -> None:
+    teacher, batch = softmax("bart"), with_labels(words[1][:16])
+    model = hp.patch_model(copy.deepcopy(teacher), CUBIC)  # far off, and not equally at all positions
     longer = {**batch, "labels": F.pad(batch["labels"], (0, 3), value=-100)}
     with torch.no_grad():
         losses = [float(divergence_from(teacher, model, inputs)) for inputs in (batch, longer)]
         shown = float(divergence_from(teacher, model, {**longer, "labels": longer["labels"].clamp(min=PAD)}))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert abs(shown - losses[0]) > 0.002 * losses[0]
+    assert abs(shown - losses[0]) > 0.01 * losses[0]
 
 
 # ---------------------------------------------------------------- saving and loading

@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from auto_classes import AUTO_CLASSES
 from torch import Tensor
 
 import hf_polyattn as hp
 from hf_polyattn.patching.patched import patched_layers
 
-NAMES = {
-    "minilm": "AutoModel",
-    "gpt2-zinc": "AutoModelForCausalLM",
-    "llama": "AutoModelForCausalLM",
-    "vit": "AutoModelForImageClassification",
-}
-each = pytest.mark.parametrize("name", NAMES)
+each = pytest.mark.parametrize("name", AUTO_CLASSES)
 decoders = pytest.mark.parametrize("name", ["gpt2-zinc", "llama"])
 
 
@@ -30,7 +25,7 @@ def shifted(pretrained: Any, batch: Any) -> Any:
 
     def make(name: str, spec: str = "poly3~1") -> Any:
         if (name, spec) not in made:
-            model = hp.patch_model(pretrained(name, NAMES[name], num_hidden_layers=2), spec)
+            model = hp.patch_model(pretrained(name, AUTO_CLASSES[name], num_hidden_layers=2), spec)
             hp.calibrate(model, [batch(name, 8, 40)], row_shift="moments", squares=4, progress=False)
             made[name, spec] = model.double().eval()
         return copy.deepcopy(made[name, spec])

@@ -88,6 +88,11 @@ class LayerFit:
         """Query rows that are not padding."""
         return int(self.shift.count)
 
+    @property
+    def unknowns(self) -> int:
+        """Unknowns of the larger of a head's two regressions: of its row shift, and of its coefficients."""
+        return max(self.shift.unknowns(self.shift.predictor), self.config.spec.degree + 1)
+
     def passes(self) -> Iterator[Pass]:
         """Yields the passes that are needed, one after the other: a pass is over when the next one is asked for.
 

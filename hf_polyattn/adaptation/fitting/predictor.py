@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import cast
 
 from ...errors import InputError
-from ...patching.row_shift import FEATURES
 from ...spec import RowShift as RowShiftKind
 from .row_shift import Predictor, RowShift
 
@@ -50,8 +49,7 @@ class PredictorChoice:
         if self.row_shift != "auto":
             return Predictor(cast("RowShiftKind", self.row_shift), self.squares or 0)
         moments, squares = Predictor("moments"), SQUARES if self.squares is None else self.squares
-        unknowns = 2 * max(shift.head_dim for shift in self.shifts) + len(FEATURES) + 1
-        if not self.worth_it or min(shift.count for shift in self.shifts) < ROWS_FOR_AN_UNKNOWN * unknowns:
+        if not self.worth_it or any(s.count < ROWS_FOR_AN_UNKNOWN * s.unknowns(moments) for s in self.shifts):
             return Predictor("linear")
         simple, better = (_residual(self.shifts, predictor) for predictor in (Predictor("linear"), moments))
         if math.isnan(simple):

@@ -63,6 +63,7 @@ class RowShift:
         size = 2 * self.head_dim + len(FEATURES) + self.squares.shape[1] + 1
         self._fitted, self._held_out = (Regression.zeros(self.heads, size, self.device) for _ in range(2))
         self._entries = 0
+        self._errors: dict[Predictor, tuple[float, float]] = {}
 
     @property
     def count(self) -> float:
@@ -127,13 +128,19 @@ class RowShift:
         solution[:, -1] = moment[:, -1] / sums.count - (solution * mean)[:, :-1].sum(-1)
         return solution + base
 
+    def unknowns(self, predictor: Predictor) -> int:
+        """Returns how many weights a predictor has for each head."""
+        return int(self._used(predictor).sum())
+
     def held_out_error(self, predictor: Predictor) -> tuple[float, float]:
         """Returns the lowest mean square error on rows held out, over the heads, and its ridge; NaN without any."""
         if min(self._held_out.count, self._fitted.count) < 2.0:
             return torch.nan, RIDGES[0]
-        errors = [float(self._held_out.error(self._solve(self._fitted, predictor, r)).mean()) for r in RIDGES]
-        best = min(range(len(RIDGES)), key=errors.__getitem__)
-        return errors[best], RIDGES[best]
+        if predictor not in self._errors:  # the choice asks, and what was chosen is solved for
+            errors = {r: float(self._held_out.error(self._solve(self._fitted, predictor, r)).mean()) for r in RIDGES}
+            ridge = min(errors, key=errors.__getitem__)
+            self._errors[predictor] = errors[ridge], ridge
+        return self._errors[predictor]
 
     def solve(self, predictor: Predictor) -> None:
         """Solves the regression of all rows; it needs two."""
