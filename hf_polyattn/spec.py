@@ -121,6 +121,8 @@ class PolyAttentionConfig:
         row_shift: what moves the scores of a row to the interval: `none`, `linear` the key shift μ_h of its query, or
             `moments` that and the mean, variance and number of its scores.
         squares: R, squares of linear forms of the query that join the moments.
+        lengths: the fewest and the most keys that a row of the calibration saw; None if there was none, or if it is not
+            known. A forward pass far outside warns.
         backend: the operator's backend, `auto` or a name in `hf_polyattn.ops.BACKENDS`.
 
     `calibrate` switches interval, clamp and the row shift on, a clamp that is said to be False excepted. Source:
@@ -144,6 +146,7 @@ class PolyAttentionConfig:
     backend: str = "auto"
     row_shift: RowShift = "none"
     squares: int = 0
+    lengths: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", Polynomial.parse(self.spec))
@@ -169,6 +172,7 @@ class PolyAttentionConfig:
         if self.key_shift and self.row_shift == "none":
             object.__setattr__(self, "row_shift", "linear")
         object.__setattr__(self, "key_shift", self.row_shift != "none")
+        object.__setattr__(self, "lengths", _lengths(self.lengths))
         if not isinstance(self.backend, str):
             raise SpecError(f"backend must be a string, got {self.backend!r}")
 
@@ -185,7 +189,7 @@ class PolyAttentionConfig:
         data = asdict(self)
         data["spec"] = str(self.spec)
         data["layer_specs"] = {str(layer): str(spec) for layer, spec in self.layer_specs}
-        for name in ("layers", "include", "exclude"):
+        for name in ("layers", "include", "exclude", "lengths"):
             data[name] = None if data[name] is None else list(data[name])
         return {"format_version": FORMAT_VERSION, **data}
 
@@ -230,6 +234,15 @@ def _layer_indices(layers: Iterable[int] | None) -> tuple[int, ...] | None:
     if any(type(index) is not int or index < 0 for index in indices):
         raise SpecError(f"layers must be indices >= 0, got {indices!r}")
     return tuple(sorted(set(indices)))
+
+
+def _lengths(lengths: Any) -> tuple[int, int] | None:
+    if lengths is None:
+        return None
+    pair = tuple(lengths) if isinstance(lengths, (tuple, list)) else ()
+    if len(pair) != 2 or any(type(length) is not int for length in pair) or not 1 <= pair[0] <= pair[1]:
+        raise SpecError(f"lengths must be the fewest and the most keys of a row, two integers >= 1, got {lengths!r}")
+    return pair
 
 
 def _layer_specs(specs: Any) -> tuple[tuple[int, Polynomial], ...]:

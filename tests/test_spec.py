@@ -29,6 +29,7 @@ FULL_CONFIG = PolyAttentionConfig(
     key_shift=True,
     row_shift="moments",
     squares=4,
+    lengths=(2, 77),
     backend="chunked",
 )
 

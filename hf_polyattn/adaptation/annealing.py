@@ -24,6 +24,7 @@ from ..spec import Polynomial
 from ..tables import format_table
 from .calibration import calibrate, fit_layers, same_shift, write_fits
 from .capture import Replay, take_batches
+from .crops import with_crops
 from .distillation import distill
 from .quality import Quality, similarity
 from .teacher import softmax_copy
@@ -148,7 +149,7 @@ def anneal(
         at_once = layers_at_once or len(paths)
         groups = -(-len(paths) // at_once)
         while waiting:
-            passes = Replay(model, taken, progress=progress)
+            passes = Replay(model, with_crops(model, taken, None), progress=progress)
             fits = fit_layers(model, passes, dict.fromkeys(waiting, spec), same_shift(model))
             waiting.sort(key=lambda path: sum(fits[path].report.explained_variance), reverse=True)
             turned, waiting = waiting[:at_once], waiting[at_once:]
@@ -184,7 +185,7 @@ class _Snapshot:
         self.specs = {path: child.config.spec for path, child in patched_layers(model)}
         child = patched_layers(model)[0][1].config
         self.switches = {
-            name: getattr(child, name) for name in ("interval", "clamp", "key_shift", "row_shift", "squares")
+            name: getattr(child, name) for name in ("interval", "clamp", "key_shift", "row_shift", "squares", "lengths")
         }
         self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 

@@ -32,6 +32,7 @@ from ..patching.threads import alone
 from ..spec import Polynomial
 from ..tables import format_table
 from .capture import Observation, Replay, take_batches
+from .crops import with_crops
 from .fitting.layer import LayerFit, LayerReport, Pass
 from .fitting.predictor import ROWS_FOR_AN_UNKNOWN, PredictorChoice
 from .fitting.rows import observed_rows
@@ -46,12 +47,14 @@ class CalibrationReport:
         rows: query rows, padding left out, that each layer saw.
         layers: one `LayerReport` per patched attention module.
         unknowns: of the largest regression of a head, on its rows.
+        lengths: the fewest and the most keys that a row saw.
     """
 
     spec: str
     rows: int
     layers: tuple[LayerReport, ...]
     unknowns: int = 1
+    lengths: tuple[int, int] | None = None
 
     #: A layer whose mean explained variance is lower than this is said to fit badly.
     BAD_FIT = 0.8
@@ -99,7 +102,8 @@ class CalibrationReport:
         if self.bad_layers:
             verdicts.append(f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}.")
         verdict = " ".join(verdicts) or "every layer fits."
-        return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer: {verdict}"
+        of = f" of {self.lengths[0]} to {self.lengths[1]} keys" if self.lengths else ""
+        return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer{of}: {verdict}"
 
 
 def _mean(numbers: tuple[float, ...]) -> float:
@@ -116,6 +120,7 @@ def calibrate(
     key_shift: bool = True,
     row_shift: str = "auto",
     squares: int | None = None,
+    crop: bool | None = None,
     progress: bool = True,
 ) -> CalibrationReport:
     """Sets the polynomials of a patched model, in place, so that it reproduces its softmax original.
@@ -132,6 +137,8 @@ def calibrate(
         row_shift: what moves the scores of a row: `none`, `linear` in its query, `moments` of its scores too, or
             `auto`, what rows held out ask for. Powers stay linear under auto: they have width to spare.
         squares: linear forms of the query whose squares join the moments; None leaves it to rows held out under auto.
+        crop: calibrate on pieces of the texts too, so that the polynomials hold for shorter ones; None does so for
+            text encoders whose texts all have about one length.
         progress: show progress bars.
 
     Returns:
@@ -139,7 +146,8 @@ def calibrate(
 
     Raises:
         PatchError: the model is not patched.
-        CalibrationError: no batches, no visible scores, or non-finite activations. The model is left as it was.
+        CalibrationError: no batches, no visible scores, non-finite activations, or inputs that cannot be cropped. The
+            model is left as it was.
         InputError: an unknown row_shift, or squares that do not go with it.
     """
     if not is_patched(model):
@@ -147,16 +155,24 @@ def calibrate(
     specs = {
         path: child.config.spec if spec is None else Polynomial.parse(spec) for path, child in patched_layers(model)
     }
-    passes = Replay(model, take_batches(batches, max_batches), progress=progress)
+    taken = with_crops(model, take_batches(batches, max_batches), crop)
+    passes = Replay(model, taken, progress=progress)
     choice = choice_for(specs.values(), row_shift if key_shift else "none", squares)
     fits = fit_layers(model, passes, specs, choice)
     write_fits(model, fits)
     first = next(iter(fits.values()))
     unknowns = max(fit.unknowns for fit in fits.values())
-    report = CalibrationReport(spec_of(model), first.count, tuple(fit.report for fit in fits.values()), unknowns)
+    reports = tuple(fit.report for fit in fits.values())
+    report = CalibrationReport(spec_of(model), first.count, reports, unknowns, lengths_of(fits.values()))
     if report.too_few_rows:
         warnings.warn(report.too_few_rows, stacklevel=3)  # of `calibrate`, and of torch's decorator around it
     return report
+
+
+def lengths_of(fits: Iterable[LayerFit]) -> tuple[int, int]:
+    """Returns the fewest and the most keys that a row of some fits saw."""
+    lengths = [fit.shift.lengths for fit in fits]
+    return int(min(fewest for fewest, _ in lengths)), int(max(most for _, most in lengths))
 
 
 def choice_for(specs: Iterable[Polynomial], row_shift: str, squares: int | None) -> PredictorChoice:
@@ -206,6 +222,6 @@ def write_fits(model: nn.Module, fits: Mapping[str, LayerFit]) -> None:
         clamp = not any(child.config.clamp is False for _, child in patched_layers(model))
         config = next(iter(fits.values())).config
         shift = {name: getattr(config, name) for name in ("row_shift", "squares", "key_shift")}
-        reconfigure(model, interval=True, clamp=clamp, **shift)
+        reconfigure(model, interval=True, clamp=clamp, lengths=lengths_of(fits.values()), **shift)
         for fit in fits.values():
             fit.write()

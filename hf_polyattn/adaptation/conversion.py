@@ -27,6 +27,7 @@ from ..spec import Polynomial
 from ..tables import format_table
 from .calibration import choice_for, fit_layers, write_fits
 from .capture import Replay, take_batches
+from .crops import with_crops
 from .fitting.layer import LayerFit
 from .quality import Quality, similarity
 
@@ -162,7 +163,7 @@ def convert(
     held_out = max(1, len(taken) // 4)
     if quality is None:
         quality = partial(similarity, batches=taken[-held_out:])
-    passes = Replay(model, taken[:-held_out], progress=progress)
+    passes = Replay(model, with_crops(model, taken[:-held_out], None), progress=progress)
     search = _Search(model, dial, quality, passes, row_shift if key_shift else "none")
     uniform = [search.measure(dict.fromkeys(search.paths, spec)) for spec in dial]
     best = uniform[-1]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..adaptation.capture import Observation, observe, take_batches
+from ..adaptation.quality import similarity
 from ..errors import InputError, PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.patched import patched_layers
@@ -38,6 +39,7 @@ def diagnose(
     """Returns what the polynomials of a patched model do beside softmax, layer by layer and head by head.
 
     Teacher-forced: softmax runs, and both activations are applied to the queries and keys that each layer sees then.
+    At last the whole model runs under both, and its outputs are compared.
     Nothing is changed. Of a batch with more than 512 query rows every layer is measured on evenly spaced ones, at most
     512 unless it has more sequences than that; norms are scaled to all rows. Memory is bounded: scores are formed in
     blocks. Non-finite numbers are counted, not raised.
@@ -63,8 +65,19 @@ def diagnose(
     def observer(path: str, layer: PolyAttention, seen: Observation) -> None:
         sums[path].see(seen)
 
-    observe(model, take_batches(batches, max_batches), observer, progress=progress, title="diagnose")
-    return Diagnosis(str(layers[0][1].config.spec), tuple(layer.finish() for layer in sums.values()))
+    taken = take_batches(batches, max_batches)
+    observe(model, taken, observer, progress=progress, title="diagnose")
+    found = tuple(layer.finish() for layer in sums.values())
+    return Diagnosis(str(layers[0][1].config.spec), found, _agreement(model, taken))
+
+
+def _agreement(model: nn.Module, batches: list[Any]) -> float | None:
+    """Returns the similarity of a model's outputs to softmax's; None where they cannot be compared."""
+    try:
+        found = similarity(model, batches)
+    except InputError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 class _LayerSums:

@@ -56,15 +56,20 @@ class Diagnosis:
     Attributes:
         spec: the polynomial.
         layers: one `LayerDiagnosis` per patched attention module, in model order.
+        agreement: `similarity` of the model's outputs to those that it gives under softmax, on the same batches; 1 is
+            the same. None if its outputs have neither logits nor hidden states, or are not finite.
     """
 
     spec: str
     layers: tuple[LayerDiagnosis, ...]
+    agreement: float | None = None
 
     #: A mean norm that differs from softmax's by more than this factor is said to be unlike it.
     UNLIKE = 2.0
     #: A layer with a larger share of its scores above the interval is said to have left it.
     ABOVE = 0.01
+    #: Outputs that agree less with softmax's are said not to be softmax's.
+    AGREES = 0.9
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the diagnosis as JSON types; None for a norm that is not finite."""
@@ -89,7 +94,15 @@ class Diagnosis:
             for text, paths in found.items()
             if paths
         ]
-        return "; ".join(said) + "." if said else "norms are like softmax's, and scores in their intervals."
+        if self.agreement is not None and self.agreement < self.AGREES:
+            said.append(
+                f"outputs are not those of softmax with these weights (agreement {self.agreement:.2f}): calibrate on "
+                "data like this, unless the model was trained away from softmax"
+            )
+        if said:
+            return "; ".join(said) + "."
+        outputs = "" if self.agreement is None else f", outputs agree with softmax's ({self.agreement:.3f})"
+        return f"norms are like softmax's{outputs}, and scores are in their intervals."
 
     def _is_unlike(self, layer: LayerDiagnosis) -> bool:
         ratio = _mean(layer.polynomial_norm) / max(_mean(layer.softmax_norm), 1e-30)

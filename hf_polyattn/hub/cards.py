@@ -272,6 +272,8 @@ def _polynomials(root: nn.Module) -> str:
     text += "; the others stay softmax." if len(layers) < total else "."
     if all(layer.config.interval for _, layer in layers):
         text += " Their coefficients, and the interval of each head's scores, are saved with the weights."
+    if lengths := layers[0][1].config.lengths:
+        text += f" They were calibrated on rows of {lengths[0]} to {lengths[1]} keys; other lengths were not seen."
     if len(counts) > 1:
         rows = [[f"`{path}`", f"`{layer.config.spec}`"] for path, layer in layers]
         text += "\n\n" + markdown_table(["module", "polynomial"], rows)

@@ -30,7 +30,7 @@ NAME = "polyattn (pip install hf_polyattn)"  # what config.json calls this atten
 ROWS_AT_ONCE = 256  # queries whose weights are formed together
 EPSILON = 1e-37
 SWITCHES = ("interval", "clamp", "key_shift")
-SHIFT = ("row_shift", "squares")
+SHIFT = ("row_shift", "squares", "lengths")
 FIX = "pip install hf_polyattn, and import it before loading this model."
 
 

@@ -180,7 +180,7 @@ def polynomial_attention(
         output, weights = reference.attention(call)
         return (output, weights) if return_weights else output
 
-    if _runs_at_once(call):
+    if runs_at_once(call.query, call.key, call.value, call.coefficients, call.center):
         eager: Tensor = backends.BACKENDS[name].load().forward(call)[0]
         return eager
 
@@ -228,17 +228,17 @@ def _function_transform() -> str | None:
     return f"torch.func.{torch._C._functorch.peek_interpreter_stack().key().name.lower()}"
 
 
-def _runs_at_once(call: Call) -> bool:
-    """Whether nobody is there to see the operator: no gradient, no tracer, no dispatch mode, no tensor subclass.
+def runs_at_once(*operands: Tensor | None) -> bool:
+    """Whether nobody is there to see an operator: no gradient, no tracer, no dispatch mode, no tensor subclass.
 
     The backend is called directly then, as the dispatch through Python costs as much as a small attention.
     """
     if torch.compiler.is_compiling() or backends.is_traced() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    tensors = [t for t in (call.query, call.key, call.value, call.coefficients, call.center) if t is not None]
+    tensors = [t for t in operands if t is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return not call.query.is_meta and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import PatchError
 from ..ops import polynomial_attention, score_moments
 from ..ops.api import autocast_inputs, is_transformed
 from ..ops.call import compute_dtype, without_autocast
+from ..ops.centers import fused_centers
 from ..ops.masks import count_visible
 from ..ops.moments import moments_of
 from ..spec import PolyAttentionConfig, Polynomial
@@ -24,7 +26,7 @@ from .recording import is_recorded
 from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
 CHILD_NAME = "polyattn"
-FAR = 2  # times the most keys of the calibration, beyond which a forward pass warns
+FAR = 2  # times longer than all rows of the calibration, or shorter: then a forward pass warns
 
 
 class PolyAttention(nn.Module):
@@ -62,7 +64,7 @@ class PolyAttention(nn.Module):
     radius: nn.Parameter
     settings: Tensor
     moments: MomentShift | None
-    _lengths: tuple[int, ...] | None
+    _warned: bool
     refinements: nn.ModuleList | None
     # What Transformers asks before it initializes a module: only its loader knows that something is missing.
     _is_hf_initialized: bool = True
@@ -115,7 +117,7 @@ class PolyAttention(nn.Module):
         """
         trained = config.learnable and (self.coefficients.requires_grad or not self.config.learnable)
         self.config = config
-        self._lengths, self._is_hf_initialized = None, True
+        self._warned, self._is_hf_initialized = False, True
         self._fit_row_shift()
         self.train_polynomial(trained)
         self.write_settings()
@@ -207,6 +209,7 @@ class PolyAttention(nn.Module):
                 f"this attention module was patched for {self.heads} query heads and now gets {query.shape[1]}; "
                 "unpatch the model before changing its heads"
             )
+        self._warn_of_length(key)
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
         pattern["scaling"] = scaling
@@ -244,31 +247,34 @@ class PolyAttention(nn.Module):
     ) -> Tensor:
         """Returns center_h + s_i, (B, H, Tq), float32 (float64 for float64 queries); arguments as of `forward`."""
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
-        center = self.shifted_center(query, scaling)
-        alpha = alpha_of(self.config.spec.normalizer)
-        moments = self.moments
-        if moments is not None:
-            self._warn_of_length(key)
-            count = count_visible(query.shape[2], key.shape[2], query.device, **pattern)
-            backend = self.config.backend
-            mean, variance = score_moments(query, key, scaling=scaling, backend=backend, **pattern)
-            (rounded,) = autocast_inputs(query)
-            with without_autocast(query.device):
-                center = center + moments(scaling * rounded.to(center.dtype), mean, variance, count, alpha)
+        alpha, moments, backend = alpha_of(self.config.spec.normalizer), self.moments, self.config.backend
+        fused: tuple[Any, ...] = () if moments is None else (moments.tensors, partial(moments.weighed, alpha))
+        center = fused_centers(
+            query, key, self.center, self.key_shift, *fused, scaling=scaling, backend=backend, **pattern
+        )
+        if center is None:
+            center = self.shifted_center(query, scaling)
+            if moments is not None:
+                count = count_visible(query.shape[2], key.shape[2], query.device, **pattern)
+                mean, variance = score_moments(query, key, scaling=scaling, backend=backend, **pattern)
+                (rounded,) = autocast_inputs(query)
+                with without_autocast(query.device):
+                    center = center + moments(scaling * rounded.to(center.dtype), mean, variance, count, alpha)
         for part in self._refinements():
             center = center + part.step(self._row_sum(part, query, key, center, pattern | {"scaling": scaling}))
         return center
 
     def _warn_of_length(self, key: Tensor) -> None:
-        """Warns where a sequence is far longer than those of the calibration; looks at them once."""
-        if is_recorded(key) or self.moments is None:
+        """Warns once where sequences are far longer or shorter than those of the calibration."""
+        lengths = self.config.lengths
+        if lengths is None or is_recorded(key) or self._warned:
             return
-        if self._lengths is None:
-            self._lengths = tuple(int(length) for length in self.moments.lengths.tolist())
-        if key.shape[2] > FAR * self._lengths[1]:
+        if not lengths[0] <= FAR * key.shape[2] <= FAR * FAR * lengths[1]:
+            self._warned = True
             warnings.warn(
-                f"a sequence has {key.shape[2]} keys, but this model was calibrated on rows of {self._lengths[0]} to "
-                f"{self._lengths[1]} keys: what it computes there is not measured. Calibrate on longer ones.",
+                f"a sequence has {key.shape[2]} keys, but this model was calibrated on rows of {lengths[0]} to "
+                f"{lengths[1]}: what it computes there is not measured. Look with diagnose(model, batches) whether its "
+                "outputs are softmax's still, or calibrate on such sequences.",
                 stacklevel=2,
             )
 

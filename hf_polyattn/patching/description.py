@@ -29,12 +29,21 @@ def describe(model: nn.Module) -> Description:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Rows of `describe`: (path, class, layer, heads, head dim, spec, status)."""
+    """What `describe` returns.
+
+    Attributes:
+        rows: (path, class, layer, heads, head dim, spec, status) of each attention module.
+        lengths: the fewest and the most keys that a row of the calibration saw; None if there was none.
+    """
 
     rows: tuple[tuple[str, str, int, int, int, str, str], ...]
+    lengths: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return format_table(("module", "class", "layer", "heads", "head dim", "spec", "status"), self.rows)
+        table = format_table(("module", "class", "layer", "heads", "head dim", "spec", "status"), self.rows)
+        if self.lengths is None:
+            return table
+        return f"{table}\ncalibrated on rows of {self.lengths[0]} to {self.lengths[1]} keys"
 
 
 def table_of(sites: list[AttentionSite], config: PolyAttentionConfig) -> Description:
@@ -48,4 +57,4 @@ def table_of(sites: list[AttentionSite], config: PolyAttentionConfig) -> Descrip
             if config_of_module._attn_implementation not in IMPLEMENTATIONS:
                 status = f"patched, but running {config_of_module._attn_implementation}"
         rows.append((site.path, site.class_name, site.layer, site.heads, site.head_dim, spec, status))
-    return Description(tuple(rows))
+    return Description(tuple(rows), config.lengths)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.call import ROW_EXPONENTS
+from ..ops.centers import MomentWeights
 from ..spec import PolyAttentionConfig, Polynomial
 
 #: The features that are not squares of queries.
@@ -93,6 +94,17 @@ class MomentShift(nn.Module):
             tensor.zero_()
         self.scales.fill_(1.0)
         self.lengths.copy_(torch.tensor([1.0, 1e9]))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parameters that can have gradients."""
+        return self.weights, self.length_shift, self.squares
+
+    def weighed(self, alpha: float) -> MomentWeights:
+        """Returns what `forward` weighs by, as the fused kernel takes it."""
+        weights = self.weights.detach() / self.scales
+        fewest, most = self.lengths.tolist()
+        return MomentWeights(weights, self.means, self.length_shift, self.squares, (fewest, most), alpha)
 
     def forward(self, query: Tensor, mean: Tensor, variance: Tensor, count: Tensor, alpha: float) -> Tensor:
         """Returns what is added to the linear shift, (B, H, Tq); `query` comes scaled, in the dtype of the moments."""

@@ -24,7 +24,7 @@ SAVED_IMPLEMENTATION = "polyattn (pip install hf_polyattn)"
 IMPLEMENTATIONS = (IMPLEMENTATION, SAVED_IMPLEMENTATION)
 
 # Fields that version 1 did not have.
-_SINCE_2 = {"row_shift", "squares"}
+_SINCE_2 = {"row_shift", "squares", "lengths"}
 # A patched model of 200 layers needs 20 kB and 200 entries, 5 levels deep.
 MAX_BYTES = 16 * 2**20
 MAX_ENTRIES = 10_000

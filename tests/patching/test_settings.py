@@ -218,9 +218,9 @@ def test_a_polynomial_of_another_degree_is_refused_by_name() -> None:
 
 
 def test_every_field_that_the_forward_pass_reads_is_in_the_settings() -> None:
-    assert settings.FIELDS == ("spec", "interval", "clamp", "key_shift", "row_shift", "squares")
+    assert settings.FIELDS == ("spec", "interval", "clamp", "key_shift", "row_shift", "squares", "lengths")
     longest = hp.PolyAttentionConfig(
-        "taylor8^32~2-mean", interval=True, clamp=True, row_shift="moments", squares=MAX_SQUARES
+        "taylor8^32~2-mean", interval=True, clamp=True, row_shift="moments", squares=MAX_SQUARES, lengths=(1, 10**9)
     )
     assert settings.encoded(longest).shape == (settings.BYTES,)
     assert settings.restored(hp.PolyAttentionConfig("taylor8"), settings.encoded(longest), "") == longest
@@ -238,4 +238,5 @@ def test_settings_follow_the_config(pretrained: Any, batch: Any) -> None:
             "key_shift": False,
             "row_shift": "none",
             "squares": 0,
+            "lengths": [1, 24],
         }

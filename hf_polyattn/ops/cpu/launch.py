@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...spec import NORMALIZERS
 from ..call import Call
+from ..centers import MomentWeights
 from . import build
 
 
@@ -33,6 +34,33 @@ def backward(
     if call.center is not None:
         center = center.to(call.center.dtype)
     return query, key, value, coefficients.to(call.coefficients.dtype), center
+
+
+def row_centers(
+    query: Tensor,
+    key: Tensor,
+    center: Tensor,
+    key_shift: Tensor,
+    moments: MomentWeights | None,
+    ranges: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """Returns the centers of all rows, (B, H, Tq), float32; see `ops.centers.fused_centers`."""
+    batch, _, q_len, _ = query.shape
+    parts: tuple[Any, ...] = (None, None, None, None)
+    limits: tuple[float, ...] = (0.0, 1.0, 1.0)
+    if moments is not None:
+        parts = (moments.weights, moments.means, moments.length_shift, moments.squares)
+        parts = tuple(part.detach().contiguous() for part in parts)
+        limits = (moments.alpha, *moments.lengths)
+    ranges = None if ranges is None else ranges.to(torch.int32).expand(batch, q_len, -1)
+    found: Tensor = _kernels().row_centers(
+        _rows(query.detach()), _rows(key.detach()), center.detach(), key_shift.detach().contiguous(), *parts, ranges,
+        causal, window, scaling, *limits,
+    )  # fmt: skip
+    return found
 
 
 def _kernels() -> Any:

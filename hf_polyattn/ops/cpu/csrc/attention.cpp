@@ -7,6 +7,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "shift.h"
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -76,6 +77,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tens
   return {gradients.query, gradients.key, gradients.value, gradients.coefficients, gradients.center};
 }
 
+Tensor centers(const Tensor& query, const Tensor& key, const Tensor& center, const Tensor& key_shift,
+               const optional<Tensor>& weights, const optional<Tensor>& means, const optional<Tensor>& length_shift,
+               const optional<Tensor>& directions, const optional<Tensor>& ranges, bool causal,
+               optional<int64_t> window, double scaling, double alpha, double fewest, double most) {
+  const Shift shift{query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3),
+                    directions ? directions->size(1) : 0, query, key, View<float>(center), View<float>(key_shift),
+                    View<float>(weights), View<float>(means), View<float>(length_shift), View<float>(directions),
+                    View<int32_t>(ranges), causal, window, static_cast<float>(scaling), static_cast<float>(alpha),
+                    static_cast<float>(fewest), static_cast<float>(most)};
+  const Tensor found = at::empty({shift.batch, shift.heads, shift.q_len}, query.options().dtype(at::kFloat));
+  dispatch(query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
+    row_centers<scalar_t>(shift, found.mutable_data_ptr<float>());
+  });
+  return found;
+}
+
 }  // namespace
 }  // namespace polyattn
 
@@ -92,9 +109,14 @@ TORCH_LIBRARY(polyattn_cpu, library) {
   library.def("attention(" POLYATTN_ARGUMENTS ") -> (Tensor, Tensor)");
   library.def("attention_backward(Tensor grad_output, Tensor row_scale, bool coefficients_grad, " POLYATTN_ARGUMENTS
               ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "row_centers(Tensor query, Tensor key, Tensor center, Tensor key_shift, Tensor? weights, Tensor? means, "
+      "Tensor? length_shift, Tensor? directions, Tensor? ranges, bool causal, int? window, float scaling, "
+      "float alpha, float fewest, float most) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(polyattn_cpu, CPU, library) {
   library.impl("attention", polyattn::attention<POLYATTN_TYPES>);
   library.impl("attention_backward", polyattn::attention_backward<POLYATTN_TYPES>);
+  library.impl("row_centers", polyattn::centers);
 }

@@ -89,6 +89,24 @@ struct Target {
   }
 };
 
+// The keys that a row may see, but for a mask.
+inline Range visible_keys(int64_t b, int64_t i, int64_t k_len, bool causal, optional<int64_t> window,
+                          const View<int32_t>& ranges) {
+  Range keys{0, k_len};
+  if (causal) keys.stop = std::min(keys.stop, i + 1);
+  if (window) {
+    keys.start = std::max(keys.start, i - *window + 1);
+    keys.stop = std::min(keys.stop, i + *window);
+  }
+  if (ranges) {
+    const int32_t* own = ranges(b, i, 0);
+    keys.start = std::max<int64_t>(keys.start, own[0]);
+    keys.stop = std::min<int64_t>(keys.stop, own[ranges.step]);
+  }
+  keys.stop = std::max(keys.start, keys.stop);
+  return keys;
+}
+
 struct Call {
   int64_t batch, heads, groups, q_len, k_len, head_dim, value_dim, terms;
   Tensor query, key, value;
@@ -120,21 +138,7 @@ struct Call {
   }
 
   // The keys that a row may see, but for the mask.
-  Range visible(int64_t b, int64_t i) const {
-    Range keys{0, k_len};
-    if (causal) keys.stop = std::min(keys.stop, i + 1);
-    if (window) {
-      keys.start = std::max(keys.start, i - *window + 1);
-      keys.stop = std::min(keys.stop, i + *window);
-    }
-    if (ranges) {
-      const int32_t* own = ranges(b, i, 0);
-      keys.start = std::max<int64_t>(keys.start, own[0]);
-      keys.stop = std::min<int64_t>(keys.stop, own[ranges.step]);
-    }
-    keys.stop = std::max(keys.start, keys.stop);
-    return keys;
-  }
+  Range visible(int64_t b, int64_t i) const { return visible_keys(b, i, k_len, causal, window, ranges); }
 
   // r_i of the normalizers that depend on the mask only.
   float fixed_row_scale(int64_t b, int64_t h, int64_t i, Range keys) const {

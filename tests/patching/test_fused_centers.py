@@ -1,0 +1,125 @@
+"""The fused kernel of the row shift computes what PyTorch does, of every pattern it takes, and leaves the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_polyattn.patching.core
+from hf_polyattn import PolyAttentionConfig
+from hf_polyattn.ops.centers import LONGEST
+from hf_polyattn.patching.core import PolyAttention
+
+B, H, D = 3, 4, 20  # no whole vector
+
+
+def shifted(row_shift: str = "moments", squares: int = 3, groups: int = 2) -> PolyAttention:
+    generator = torch.Generator().manual_seed(0)
+    config = PolyAttentionConfig("poly3", interval=True, row_shift=row_shift, squares=squares)
+    layer = PolyAttention(config, H, D)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not name.endswith(("lengths", "coefficients")):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if layer.moments is not None:
+            layer.moments.scales.abs_().add_(0.5)
+            layer.moments.lengths.copy_(torch.tensor([3.0, 30.0]))
+    return layer
+
+
+def operands(q_len: int, k_len: int, dtype: torch.dtype, groups: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    query, key = (
+        torch.randn(B, length, heads, D, generator=generator).transpose(1, 2)  # heads inside of tokens
+        for heads, length in ((H, q_len), (groups, k_len))
+    )
+    return query.to(dtype), key.to(dtype)
+
+
+def ranges_of(rows: int, k_len: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    ends = torch.randint(0, k_len + 1, (B, rows, 2), generator=generator).sort(-1).values
+    ends[1] = 5  # empty
+    return ends
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "all, few keys": {"k_len": 9},
+    "padding": {"ranges": ranges_of(1, 40)},
+    "ranges by row": {"ranges": ranges_of(40, 40)},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 7},
+    "decode": {"q_len": 1},
+    "cross": {"q_len": 11, "k_len": 50},
+}
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the kernel took each call."""
+    took: list[bool] = []
+    fused = hf_polyattn.patching.core.fused_centers
+
+    def watched(*arguments: Any, **settings: Any) -> Tensor | None:
+        found = fused(*arguments, **settings)
+        took.append(found is not None)
+        return found
+
+    monkeypatch.setattr(hf_polyattn.patching.core, "fused_centers", watched)
+    return took
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("row_shift", ["linear", "moments"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_kernel_computes_what_pytorch_does(
+    pattern: str, row_shift: str, dtype: torch.dtype, kernel_calls: list[bool]
+) -> None:
+    settings = dict(PATTERNS[pattern])
+    query, key = operands(settings.pop("q_len", 40), settings.pop("k_len", 40), dtype)
+    layer = shifted(row_shift, 3 if row_shift == "moments" else 0)
+    with torch.no_grad():
+        found = layer.row_centers(query, key, scaling=0.2, **settings)
+    exact = layer.double().row_centers(query.double(), key.double(), scaling=0.2, **settings)
+    assert kernel_calls == [True, False]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-5)
+
+
+def test_every_parameter_counts_in_the_kernel() -> None:
+    query, key = operands(40, 40, torch.float32)
+    layer = shifted()
+    with torch.no_grad():
+        before = layer.row_centers(query, key, scaling=0.2, causal=True)
+        assert layer.moments is not None
+        for name, tensor in [*layer.moments.named_parameters(), ("center", layer.center), ("mu", layer.key_shift)]:
+            kept = tensor.clone()
+            tensor.mul_(1.5)
+            after = layer.row_centers(query, key, scaling=0.2, causal=True)
+            tensor.copy_(kept)
+            assert (after - before).abs().amax((0, 2)).min() > 1e-4, name
+
+
+def test_what_the_kernel_leaves_to_pytorch(kernel_calls: list[bool]) -> None:
+    layer, (query, key) = shifted(), operands(40, 40, torch.float32)
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    layer.row_centers(query, key, scaling=0.2)  # parameters want gradients
+    with torch.no_grad():
+        layer.row_centers(query, key, scaling=0.2, mask=mask)
+        layer.row_centers(query.double(), key.double(), scaling=0.2)
+        layer.row_centers(*operands(LONGEST + 1, LONGEST + 1, torch.float32), scaling=0.2, causal=True)
+        torch.func.vmap(lambda q: layer.row_centers(q, key, scaling=0.2))(query[None])
+    layer.requires_grad_(False)
+    layer.row_centers(query.requires_grad_(), key, scaling=0.2)
+    assert not any(kernel_calls)
+    with torch.no_grad():
+        layer.row_centers(*operands(LONGEST + 1, LONGEST + 1, torch.float32), scaling=0.2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = layer.row_centers(query, key, scaling=0.2)
+        expected = layer.row_centers(query.bfloat16(), key.bfloat16(), scaling=0.2)
+    assert kernel_calls[-3:] == [True, True, True]
+    assert torch.equal(rounded, expected)
