@@ -216,11 +216,18 @@ def bench(
     output: Annotated[Path, typer.Option(help="Folder of bench.json and bench.png.")] = Path("outputs/bench"),
     part: Annotated[list[str] | None, typer.Option(help="operator, models or memory; default: all three.")] = None,
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Time nothing: draw the picture of this bench.json again, beside it.")
+    ] = None,
 ) -> None:
     """Verify polynomial attention and time it next to softmax on this machine."""
     from .bench import PARTS, run
+    from .bench import redraw as draw_again
     from .ops.backends import check_name
 
+    if redraw is not None:
+        typer.echo(f"drawn: {draw_again(redraw)}")
+        return
     names = None if dtype is None else [str(name) for name in dtype]
     check_name(backend)
     run(device, names, backend, repeats, output, parts=part or tuple(PARTS), tune=tune)
