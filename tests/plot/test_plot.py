@@ -26,13 +26,15 @@ def calibrated(pretrained: Pretrained, batch: Callable[..., Any]) -> tuple[Any, 
     return model, report, batches
 
 
-def test_maps_are_softmax_and_the_model_s_own_weights(calibrated: Any, batch: Callable[..., Any]) -> None:
+def test_maps_are_softmax_and_the_model_s_own_weights(
+    calibrated: Any, pretrained: Pretrained, batch: Callable[..., Any]
+) -> None:
     model, _, _ = calibrated
     inputs = batch("gpt2-zinc", 1, 20)
     found = attention_map(model, inputs, 0, 0)  # the first layer sees the same whatever runs
     ours = model(**inputs, output_attentions=True).attentions[0][0, 0]
-    with hp.softmax_attention(model):
-        softmax = model(**inputs, output_attentions=True).attentions[0][0, 0]
+    eager = pretrained("gpt2-zinc", attn_implementation="eager")
+    softmax = eager(**inputs, output_attentions=True).attentions[0][0, 0]
     numpy.testing.assert_allclose(found.polynomial, ours.detach().numpy(), atol=1e-6)
     numpy.testing.assert_allclose(found.softmax, softmax.detach().numpy(), atol=1e-6)
     assert abs(found.softmax - found.polynomial).max() > 1e-3  # the control: they are two models
