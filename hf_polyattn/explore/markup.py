@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
+from ..figures.style import SERIES
 from .answers import Answers
 from .session import Position, Session
 
@@ -26,7 +28,12 @@ def title(session: Session) -> str:
     facts = (
         f"{type(session.model).__name__} · {session.model.num_parameters() / 1e6:.1f} M parameters · {kind} · {state}"
     )
-    return block(f"<h1>{escape(session.name)}</h1><p class='facts'>{escape(facts)}</p>")
+    return block(f"<h1>{escape(short_name(session.name))}</h1><p class='facts'>{escape(facts)}</p>")
+
+
+def short_name(name: str) -> str:
+    """Returns a Hub id as it is, and of a folder its own name."""
+    return Path(name).absolute().name or name if Path(name).is_dir() else name
 
 
 def status(message: str, error: bool = False) -> str:
@@ -44,7 +51,7 @@ def empty(saying: str) -> str:
 
 def figure(drawing: str) -> str:
     """Returns a drawing, an SVG element that describes itself."""
-    return block(f"<figure>{drawing}</figure>")
+    return block(f"<figure>{drawing.replace(SERIES[0], 'var(--series)')}</figure>")
 
 
 def table(caption: str, header: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") -> str:

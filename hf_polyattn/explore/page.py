@@ -26,7 +26,7 @@ def theme() -> Any:
 
 def build(session: Session) -> Any:
     """Returns the page of a session, a `gradio.Blocks`."""
-    with gr.Blocks(title=f"{session.name} · polyattn explore", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"{markup.short_name(session.name)} · polyattn explore", analytics_enabled=False) as page:
         _Page(session).lay_out(page)
     return page
 
@@ -47,7 +47,7 @@ def answering(handler: Callable[..., Any]) -> Callable[..., Any]:
 class _Page:
     """The parts of the page and what they do."""
 
-    outputs_of: ClassVar = {"turn": 8, "show_map": 2, "show_answers": 2, "show_curves": 2, "save": 2}
+    outputs_of: ClassVar = {"turn": 7, "show_map": 2, "show_answers": 2, "show_curves": 2, "save": 2}
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -64,10 +64,16 @@ class _Page:
                 self.fit = gr.HTML()
                 with gr.Accordion("Each layer in figures", open=False):
                     self.layers = gr.HTML(markup.empty(_WAIT))
-        gr.HTML(markup.heading("2 · Look", self._saying()))
         with gr.Row(equal_height=False):
-            self.example = self._example()
-        self._views()
+            with gr.Column(scale=2, min_width=320):
+                self._choices()
+            with gr.Column(scale=5, min_width=480), gr.Tabs():
+                with gr.Tab("Attention maps"):
+                    self.map = gr.HTML(markup.empty(_WAIT))
+                with gr.Tab("Outputs"):
+                    self.answers = gr.HTML(markup.empty(_WAIT))
+                with gr.Tab("Curves"):
+                    self.curves = gr.HTML(markup.empty(_WAIT))
         self._keep()
         self._connect(page)
 
@@ -80,7 +86,9 @@ class _Page:
         first = self.session.examples[:1]
         if not self.session.texts:
             value = first[0] if first else None
-            return gr.Image(value, type="pil", label="Your picture", height=240, sources=["upload", "clipboard"])
+            return gr.Image(
+                value, type="pil", label="Your picture", height=240, elem_id="picture", sources=["upload", "clipboard"]
+            )
         mask = getattr(self.session.processor, "mask_token", None)
         said = f"; write {mask} for a word to fill in" if mask and "Masked" in type(self.session.model).__name__ else ""
         value = (
@@ -106,23 +114,16 @@ class _Page:
                 )
         self.button = gr.Button("Calibrate", variant="primary", elem_id="calibrate")
 
-    def _views(self) -> None:
+    def _choices(self) -> None:
+        gr.HTML(markup.heading("2 · Look", self._saying()))
+        self.example = self._example()
         layers = self.session.layers
-        with gr.Tabs():
-            with gr.Tab("Attention maps"):
-                with gr.Row():
-                    self.layer = gr.Dropdown(_numbered(layers), value=0 if layers else None, label="Layer")
-                    heads = layers[0][1] if layers else 0
-                    self.head = gr.Dropdown(list(range(heads)), value=0 if heads else None, label="Head")
-                    choices = [("mean over the queries", -1), ("the first token's query", 0)]
-                    self.query = gr.Radio(choices, value=-1, label="Rows", visible=not self.session.texts)
-                self.map = gr.HTML(markup.empty(_WAIT))
-            with gr.Tab("Outputs"):
-                self.answers = gr.HTML(markup.empty(_WAIT))
-            with gr.Tab("Curves"):
-                self.curve_layer = gr.Dropdown(_numbered(layers), value=0 if layers else None, label="Layer")
-                self.curves = gr.HTML(markup.empty(_WAIT))
-        self.look = gr.Button("Look again", elem_id="look")
+        heads = layers[0][1] if layers else 0
+        self.layer = gr.Dropdown(_numbered(layers), value=0 if layers else None, label="Layer")
+        self.head = gr.Dropdown(list(range(heads)), value=0 if heads else None, label="Head of the attention maps")
+        rows = [("mean over the queries", -1), ("the first token's query", 0)]
+        self.query = gr.Radio(rows, value=-1, label="Rows of the attention maps", visible=not self.session.texts)
+        self.look = gr.Button("Show", variant="secondary", elem_id="show")
 
     def _keep(self) -> None:
         gr.HTML(markup.heading("3 · Keep", "Save the model as it is now, or do the same in a script."))
@@ -137,7 +138,7 @@ class _Page:
         looks = (
             (self.show_map, [self.example, self.layer, self.head, self.query], [self.map, self.status]),
             (self.show_answers, [self.example], [self.answers, self.status]),
-            (self.show_curves, [self.curve_layer], [self.curves, self.status]),
+            (self.show_curves, [self.layer], [self.curves, self.status]),
         )
         positions = [
             self.title,
@@ -146,7 +147,6 @@ class _Page:
             self.layers,
             self.layer,
             self.head,
-            self.curve_layer,
             self.status,
         ]
         turned = self.button.click(
@@ -164,7 +164,7 @@ class _Page:
             part.input(show_map, of_map, map_to, api_visibility="private")
         self.layer.input(self.list_heads, [self.layer, self.head], [self.head], api_visibility="private")
         self.head.input(show_map, of_map, map_to, api_name="map")
-        self.curve_layer.input(show_curves, of_curves, curves_to, api_name="curves")
+        self.layer.input(show_curves, of_curves, curves_to, api_name="curves")
         self.save_button.click(self.save, [self.folder], [self.code, self.status], api_name="save")
         if self.session.spec:
             for show, given, to in looks:
@@ -181,15 +181,13 @@ class _Page:
         layers = self.session.layers
         description = f"How well {position.report.spec} fits each layer, and what its row shift leaves; see the table."
         said = f"{position.report.spec} is calibrated. {position.report.too_few_rows or ''}".strip()
-        numbered = gr.update(choices=_numbered(layers), value=0)
         return (
             markup.title(self.session),
             markup.cards(position),
             markup.figure(svg(draw_fits([position.report]), description)),
             markup.layers_table(position),
-            numbered,
+            gr.update(choices=_numbered(layers), value=0),
             gr.update(choices=list(range(layers[0][1])), value=0),
-            numbered,
             markup.status(said),
         )
 

@@ -92,7 +92,8 @@ def _colour_bar(figure: Any, shown: Any, panel: Any, weights: Any) -> None:
 def _over_picture(maps: AttentionMap) -> Any:
     down, across = maps.grid or (1, 1)
     height, width = maps.picture.shape[:2]
-    figure, (panels,) = canvas(1, 4, 13.0, 4.1)
+    figure, grid = canvas(2, 2, 8.0, 8.6)
+    panels = grid.ravel()
     panels[0].imshow(maps.picture)
     panels[0].set_title("the picture")
 
@@ -107,7 +108,9 @@ def _over_picture(maps: AttentionMap) -> Any:
         panel.imshow(maps.picture.mean(-1), cmap="gray", vmin=0.0, vmax=1.0, alpha=0.55)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         strength = (abs(own) / scale) ** 0.7
-        panel.imshow(own, cmap=_strong(), vmin=-scale, vmax=scale, alpha=strength, extent=extent, interpolation="none")
+        panel.imshow(
+            own, cmap=_strong(), vmin=-scale, vmax=scale, alpha=strength, extent=extent, interpolation="nearest"
+        )
         panel.set_title(f"{name}, up to {float(abs(own).max()):.2g}")
     for panel in panels:
         panel.set_axis_off()
