@@ -39,6 +39,7 @@ def answering(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(self, *values)
         except (PolyAttnError, OSError) as error:
+            self.alerted = True
             return (*(gr.skip() for _ in range(self.outputs_of[handler.__name__] - 1)), markup.status(str(error), True))
 
     return answer
@@ -47,15 +48,17 @@ def answering(handler: Callable[..., Any]) -> Callable[..., Any]:
 class _Page:
     """The parts of the page and what they do."""
 
-    outputs_of: ClassVar = {"turn": 7, "show_map": 2, "show_answers": 2, "show_curves": 2, "save": 2}
+    outputs_of: ClassVar = {"turn": 8, "show_map": 2, "show_answers": 2, "show_curves": 2, "save": 2}
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.alerted, self.turns = False, 0
 
     def lay_out(self, page: Any) -> None:
         """Makes the parts, top to bottom, and connects them."""
         self.title = gr.HTML(markup.title(self.session))
         self.status = gr.HTML(markup.status(""))
+        self.turned = gr.State(0)  # changes where the dial was turned, not where that failed
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 self._dial()
@@ -147,19 +150,18 @@ class _Page:
             self.layers,
             self.layer,
             self.head,
+            self.turned,
             self.status,
         ]
-        turned = self.button.click(
+        self.button.click(
             self.turn, [self.spec, self.other, self.examples], positions, api_name="turn", show_progress_on=[self.cards]
         )
-        turned = turned.success(
-            lambda folder: self.session.code(folder), [self.folder], [self.code], api_visibility="private"
-        )
+        self.turned.change(self.session.code, [self.folder], [self.code], api_visibility="private")
         (show_map, of_map, map_to), (show_answers, of_answers, answers_to), (show_curves, of_curves, curves_to) = looks
-        for event in (turned.success, self.look.click):
-            event(show_map, of_map, map_to, api_visibility="private")
-            event(show_answers, of_answers, answers_to, api_visibility="private")
-            event(show_curves, of_curves, curves_to, api_visibility="private")
+        for event in (self.turned.change, self.look.click):
+            event(show_map, of_map, map_to, show_progress_on=[self.map], api_visibility="private")
+            event(show_answers, of_answers, answers_to, show_progress_on=[self.answers], api_visibility="private")
+            event(show_curves, of_curves, curves_to, show_progress_on=[self.curves], api_visibility="private")
         for part in (self.layer, self.query):
             part.input(show_map, of_map, map_to, api_visibility="private")
         self.layer.input(self.list_heads, [self.layer, self.head], [self.head], api_visibility="private")
@@ -179,6 +181,7 @@ class _Page:
             given = [one[0] if isinstance(one, tuple) else one for one in examples or []]
         position = self.session.turn(other.strip() if spec == OTHER else spec, given)
         layers = self.session.layers
+        self.alerted, self.turns = False, self.turns + 1
         description = f"How well {position.report.spec} fits each layer, and what its row shift leaves; see the table."
         said = f"{position.report.spec} is calibrated. {position.report.too_few_rows or ''}".strip()
         return (
@@ -188,8 +191,14 @@ class _Page:
             markup.layers_table(position),
             gr.update(choices=_numbered(layers), value=0),
             gr.update(choices=list(range(layers[0][1])), value=0),
+            self.turns,
             markup.status(said),
         )
+
+    def _said(self) -> Any:
+        """Takes an error back once what it was about has gone well; leaves any other sentence."""
+        alerted, self.alerted = self.alerted, False
+        return markup.status("") if alerted else gr.skip()
 
     def list_heads(self, layer: int, head: int) -> Any:
         """Offers the heads of the chosen layer."""
@@ -201,20 +210,20 @@ class _Page:
         """Draws the maps of one head."""
         first = example.strip().partition("\n")[0] if isinstance(example, str) else example
         found = self.session.map(first, layer or 0, head or 0, None if query < 0 or self.session.texts else query)
-        return markup.figure(svg(draw_maps(found), found.describe())), markup.status("")
+        return markup.figure(svg(draw_maps(found), found.describe())), self._said()
 
     @answering
     def show_answers(self, example: Any) -> Any:
         """Shows what both models say."""
         examples = example.splitlines() if isinstance(example, str) else [example]
-        return markup.answers_table(self.session.answer(examples)), markup.status("")
+        return markup.answers_table(self.session.answer(examples)), self._said()
 
     @answering
     def show_curves(self, layer: int | None) -> Any:
         """Draws the polynomials of a layer's heads."""
         title, curves = self.session.curves(layer or 0)
         description = f"The polynomial of each head of {title}, over the histogram of its scores, with exp behind it."
-        return markup.figure(svg(draw_curves(curves, title), description)), markup.status("")
+        return markup.figure(svg(draw_curves(curves, title), description)), self._said()
 
     @answering
     def save(self, folder: str) -> Any:

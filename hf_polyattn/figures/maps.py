@@ -92,7 +92,8 @@ def _colour_bar(figure: Any, shown: Any, panel: Any, weights: Any) -> None:
 def _over_picture(maps: AttentionMap) -> Any:
     down, across = maps.grid or (1, 1)
     height, width = maps.picture.shape[:2]
-    figure, grid = canvas(2, 2, 8.0, 8.6)
+    figure, grid = canvas(2, 2, 8.0, 8.8)
+    figure.get_layout_engine().set(h_pad=0.12, hspace=0.03)
     panels = grid.ravel()
     panels[0].imshow(maps.picture)
     panels[0].set_title("the picture")
@@ -105,7 +106,7 @@ def _over_picture(maps: AttentionMap) -> Any:
     for panel, (name, weights, scale) in zip(panels[1:], _panels(maps, highest), strict=True):
         own = patches(weights)
         scale = max(float(abs(own).max()), 1e-12) if name == "difference" else scale
-        panel.imshow(maps.picture.mean(-1), cmap="gray", vmin=0.0, vmax=1.0, alpha=0.55)
+        panel.imshow(0.45 + 0.55 * maps.picture.mean(-1), cmap="gray", vmin=0.0, vmax=1.0)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         strength = (abs(own) / scale) ** 0.7
         panel.imshow(
@@ -114,7 +115,8 @@ def _over_picture(maps: AttentionMap) -> Any:
         panel.set_title(f"{name}, up to {float(abs(own).max()):.2g}")
     for panel in panels:
         panel.set_axis_off()
-    figure.suptitle(f"{maps.title} · mean over the queries; vermilion is negative")
+    whose = "of one query" if len(maps.softmax) == 1 else "mean over the queries"
+    figure.suptitle(f"{maps.title} · {whose}; vermilion is negative")
     return figure
 
 

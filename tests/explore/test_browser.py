@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from hf_polyattn.explore import Session
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[explore]'")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -69,8 +71,20 @@ class Visitor:
         assert self.complaints == []
 
 
-def test_a_sentence_goes_the_whole_way(chromium: Any, session: Make, served: Make, tmp_path: Path) -> None:
-    made = session("minilm", 16)
+@pytest.fixture
+def named(checkpoint: Make, rows: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """`named(name, title, count)`: a session of a checkpoint in a folder here that is called so."""
+
+    def make(name: str, title: str, count: int) -> Session:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / title).symlink_to(checkpoint(name).resolve())
+        return Session(title, "cpu", rows(name, count))
+
+    return make
+
+
+def test_a_sentence_goes_the_whole_way(chromium: Any, named: Make, served: Make, tmp_path: Path) -> None:
+    made = named("minilm", "all-MiniLM-L6-v2", 16)
     with served(made) as address:
         visitor = Visitor(chromium, address, "light")
         page = visitor.page
@@ -99,9 +113,9 @@ def test_a_sentence_goes_the_whole_way(chromium: Any, session: Make, served: Mak
 
 
 def test_a_picture_goes_the_whole_way_in_the_dark(
-    chromium: Any, session: Make, served: Make, rows: Make, tmp_path: Path
+    chromium: Any, named: Make, served: Make, rows: Make, tmp_path: Path
 ) -> None:
-    made = session("vit", 4)
+    made = named("vit", "vit-tiny-patch16-224", 4)
     mine = tmp_path / "mine.png"
     rows("vit", 9)[8].save(mine)
     with served(made) as address:
@@ -126,12 +140,11 @@ def test_it_can_be_used_from_the_keyboard_and_errors_are_said(chromium: Any, ses
     with served(session("gpt2-zinc", 4)) as address:
         visitor = Visitor(chromium, address, "light")
         page = visitor.page
-        page.get_by_role("radio", name="another spec").focus()
-        page.keyboard.press("Space")
-        page.keyboard.press("Tab")
-        page.keyboard.type("poly99")
-        page.get_by_role("button", name="Calibrate", exact=True).focus()
-        page.keyboard.press("Enter")
+        other = page.get_by_role("radio", name="another spec")
+        other.press("Space")
+        playwright.expect(other).to_be_checked()
+        page.get_by_label("Another spec").press_sequentially("poly99")
+        page.get_by_role("button", name="Calibrate", exact=True).press("Enter")
         alert = page.get_by_role("alert").filter(has_text="Grammar")
         alert.wait_for(timeout=WAIT)
         assert "poly99" in alert.inner_text()
