@@ -86,7 +86,7 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_png_ = lambda: _bytes(figure, "png")
+    figure._repr_png_ = lambda: _bytes(figure, "png", 100)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -143,12 +143,12 @@ def svg(figure: Any, description: str) -> str:
     return drawing
 
 
-def _bytes(figure: Any, kind: str) -> bytes:
+def _bytes(figure: Any, kind: str, dpi: int = 150) -> bytes:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     fixed = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.get(kind)
     salt = {"svg.fonttype": "none", "svg.hashsalt": str(id(figure)) if kind == "svg" else None}
     with rc_context(salt):
-        figure.savefig(buffer, format=kind, dpi=150, metadata=fixed, transparent=kind == "svg")
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=fixed, transparent=kind == "svg")
     return buffer.getvalue()

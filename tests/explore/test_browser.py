@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import hf_polyattn as hp
 from hf_polyattn.explore import Session
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -116,17 +117,18 @@ def test_a_picture_goes_the_whole_way_in_the_dark(
     chromium: Any, named: Make, served: Make, rows: Make, tmp_path: Path
 ) -> None:
     made = named("vit", "vit-tiny-patch16-224", 4)
+    hp.patch_model(made.model, "poly3^16-l1", layers=[3, 5, 7])  # a few layers, to be quick
     mine = tmp_path / "mine.png"
     rows("vit", 9)[8].save(mine)
     with served(made) as address:
         visitor = Visitor(chromium, address, "dark")
         page = visitor.page
         visitor.calibrate("poly3^16-l1")
-        visitor.picture("vit.layers.0.attention, head 0")
+        visitor.picture("vit.layers.3.attention, head 0")
         page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
         page.locator("#picture input[type=file]").set_input_files(mine)
         page.get_by_label("Layer", exact=True).click()
-        page.get_by_role("option", name="5:").click()
+        page.get_by_role("option", name="1:").click()
         visitor.picture("vit.layers.5.attention, head 0")
         page.get_by_role("radio", name="the first token's query").check()
         page.get_by_role("img", name="for 1 queries").wait_for(timeout=WAIT)

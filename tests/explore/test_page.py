@@ -26,7 +26,7 @@ Make = Callable[..., Any]
 @pytest.fixture(scope="module")
 def page(session: Make, served: Make) -> Iterator[tuple[Any, str]]:
     """A session of gpt2-zinc and the address of its page."""
-    made = session("gpt2-zinc", 24)
+    made = session("gpt2-zinc", 8)
     with served(made) as address:
         yield made, address
 
