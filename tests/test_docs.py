@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -178,8 +183,6 @@ def test_pictures_are_described_and_stand_in_one_place(site: Path) -> None:
 
 
 def test_results_are_those_of_the_files(site: Path) -> None:
-    import json
-
     text = (site / "results.html").read_text()
     minilm = json.loads((ROOT / "benchmarks/calibration.json").read_text())["checkpoints"]["minilm"]
     assert f"<td>{minilm['poly3']['cosine']:.4f}</td>" in text
@@ -187,8 +190,6 @@ def test_results_are_those_of_the_files(site: Path) -> None:
 
 
 def test_a_broken_link_is_an_error(site: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(DOCS, tmp_path / "docs")
     for folder in ("benchmarks", "model_cards", "hf_polyattn", "mkdocs.yml"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -200,3 +201,39 @@ def test_a_broken_link_is_an_error(site: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "guides/nowhere.md" in done.stderr
+
+
+def test_every_page_opens_in_chromium_without_an_error(site: Path) -> None:
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    handler = functools.partial(QuietHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, driver.sync_playwright() as playwright:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        complaints: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        for name in PAGES:
+            page.goto(address + name.replace(".md", ".html"))
+            assert page.locator("h1").count() == 1, name
+            if (folder := os.environ.get("POLYATTN_SCREENSHOTS")) and name in ("index.md", "results.md", "api.md"):
+                page.screenshot(path=Path(folder) / f"docs-{Path(name).stem}.png")
+        page.goto(address + "no-such-page.html")
+        assert len(complaints) == 1, complaints  # the control: that page is not there
+        assert "404" in complaints[0]
+        browser.close()
+        server.shutdown()
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
