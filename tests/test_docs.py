@@ -36,7 +36,14 @@ DATA = {
     "uoft-cs/cifar10": "datasets/cifar10",
     "Salesforce/wikitext": "datasets/tinystories",
 }
-SHORTER = {"train[:256]": "train[:48]", "train[:64]": "train[:16]"}
+SHORTER = {
+    "train[:256]": "train[:24]",
+    "len(sentences), 32": "len(sentences), 12",
+    "i : i + 32": "i : i + 12",
+    "train[:64]": "train[:8]",
+    "range(0, len(texts), 8)": "range(0, len(texts), 4)",
+    "i : i + 8": "i : i + 4",
+}
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:
