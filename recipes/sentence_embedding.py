@@ -93,13 +93,25 @@ class SentenceArguments(DataArguments):
 def main() -> None:
     arguments, data = read_arguments((EncoderArguments, SentenceArguments))
     if arguments.redraw is not None:
-        return draw(json.loads(arguments.redraw.read_text()), arguments.redraw.with_suffix(".png"))
+        return redraw(arguments.redraw)
     arguments.include_num_input_tokens_seen = "non_padding"
     with arguments.main_process_first(desc="data"):
         task = make_task(arguments, data)
     results = finetune(task, arguments)
     if arguments.process_index == 0:
         draw(results, Path(arguments.output_dir) / "stages.png")
+
+
+def redraw(results: Path) -> None:
+    """Draws the stages of an all_results.json beside it.
+
+    Raises:
+        InputError: no such file, or none that this recipe wrote.
+    """
+    try:
+        draw(json.loads(results.read_text()), results.with_suffix(".png"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{results} cannot be drawn, it is no all_results.json of this recipe: {error!r}") from error
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
