@@ -1,6 +1,7 @@
 # make demo    a real pretrained model goes polynomial and keeps its quality
 # make test    the tests
 # make check   formatting, lint and types
+# make docs    the documentation, into outputs/docs; broken links are errors
 # make bench   times the operator next to softmax attention on this machine
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ OLDEST := .cache/transformers-$(OLDEST_TRANSFORMERS)
 KERNELS_VERSION := 0.17.2
 KERNELS := .cache/kernels-$(KERNELS_VERSION)
 
-.PHONY: setup demo test test-gpu check format bench clean
+.PHONY: setup demo test test-gpu check format docs bench clean
 
 setup: $(VENV)/.done $(OLDEST)/.done $(KERNELS)/.done
 
@@ -56,6 +57,13 @@ check: $(VENV)/.done
 format: $(VENV)/.done
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+$(VENV)/.docs: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: $(VENV)/.done
 	$(BIN)/python -m hf_polyattn bench --output outputs/bench

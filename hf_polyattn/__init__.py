@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._activation import activate
 
 if TYPE_CHECKING:
+    from . import plot as plot
     from .adaptation.alignment import align
     from .adaptation.annealing import AnnealReport, anneal
     from .adaptation.calibration import CalibrationReport, calibrate
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from .spec import PolyAttentionConfig, Polynomial
 
 __version__ = "0.1.0"
+
+#: Rooms that are public as such, beside the names.
+_ROOMS = ("plot",)
 
 _HOME = {
     "AnnealReport": "adaptation.annealing",
@@ -133,6 +137,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports a public name from its module at first use."""
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
@@ -141,7 +147,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})
 
 
 activate()

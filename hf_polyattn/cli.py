@@ -175,6 +175,34 @@ def diagnose(
 
 
 @app.command()
+def explore(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data set to calibrate on, as of `patch`; texts and images can be given on the page."),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    column: Annotated[str | None, typer.Option(help="Column of texts or images.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many texts or images to take.")] = 64,
+    host: Annotated[str, typer.Option(help="Address to listen on; default: this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    device: Annotated[str | None, typer.Option(help="Where to run; default: a GPU if there is one.")] = None,
+) -> None:
+    """Look at a model in the browser: turn the dial, compare with softmax what it attends to and says, and save it."""
+    from .examples import read_examples
+    from .explore import Session
+    from .explore.command import is_loopback, serve
+
+    session = Session(model, device)
+    if data is not None:
+        session.examples = read_examples(session.processor, data, config, split, column, examples)
+    if not is_loopback(host):
+        typer.echo(f"warning: whoever reaches {host} can use the model and save to this machine", err=True)
+    serve(session, host, port, lambda address: typer.echo(f"exploring {model} at {address} (Ctrl-C ends it)"))
+
+
+@app.command()
 def push(
     model: Annotated[Path, typer.Argument(help="Folder of a saved polynomial model.")],
     repository: Annotated[str, typer.Argument(help="Hub id to push to, for example me/bert-poly6.")],
@@ -216,11 +244,18 @@ def bench(
     output: Annotated[Path, typer.Option(help="Folder of bench.json and bench.png.")] = Path("outputs/bench"),
     part: Annotated[list[str] | None, typer.Option(help="operator, models or memory; default: all three.")] = None,
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Time nothing: draw the picture of this bench.json again, beside it.")
+    ] = None,
 ) -> None:
     """Verify polynomial attention and time it next to softmax on this machine."""
     from .bench import PARTS, run
+    from .bench import redraw as draw_again
     from .ops.backends import check_name
 
+    if redraw is not None:
+        typer.echo(f"drawn: {draw_again(redraw)}")
+        return
     names = None if dtype is None else [str(name) for name in dtype]
     check_name(backend)
     run(device, names, backend, repeats, output, parts=part or tuple(PARTS), tune=tune)

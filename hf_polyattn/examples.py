@@ -52,7 +52,7 @@ def load_processor(name: str, model: Any) -> Any:
 def read_batches(
     processor: Any, data: str, config: str | None, split: str, column: str | None, count: int, size: int, length: int
 ) -> list[dict[str, Any]]:
-    """Returns the first batches of a data set as model inputs.
+    """Returns the first batches of a data set as model inputs; see `read_examples` for what it raises.
 
     Args:
         processor: a tokenizer or an image processor.
@@ -63,6 +63,32 @@ def read_batches(
         count: batches at most.
         size: examples in a batch.
         length: tokens that a text is cut to.
+    """
+    examples = read_examples(processor, data, config, split, column, count * size)
+    return encode(processor, examples, size, length)
+
+
+def encode(processor: Any, examples: list[Any], size: int, length: int) -> list[dict[str, Any]]:
+    """Returns texts or images as batches of model inputs; arguments as of `read_batches`."""
+    text = isinstance(processor, transformers.PreTrainedTokenizerBase)
+    if text and processor.pad_token is None:
+        processor.pad_token = processor.eos_token
+    batches = []
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        if text:
+            limit = min(length, getattr(processor, "model_max_length", length))
+            batch = processor(part, return_tensors="pt", padding=True, truncation=True, max_length=limit)
+            batches.append({name: batch[name] for name in ("input_ids", "attention_mask")})
+        else:
+            batches.append(dict(processor([image.convert("RGB") for image in part], return_tensors="pt")))
+    return batches
+
+
+def read_examples(
+    processor: Any, data: str, config: str | None, split: str, column: str | None, count: int
+) -> list[Any]:
+    """Returns the first texts or images of a data set; arguments as of `read_batches`.
 
     Raises:
         InputError: no processor, no `datasets`, or no such data set, split or column.
@@ -79,18 +105,7 @@ def read_batches(
     if chosen is None:
         wanted = "texts" if text else "images"
         raise InputError(f"{data}, split {split!r}, has no {wanted} in {names}; it has {len(rows)} rows, set --column")
-    if text and processor.pad_token is None:
-        processor.pad_token = processor.eos_token
-    batches = []
-    for start in range(0, min(len(rows), count * size), size):
-        part = rows[start : start + size][chosen]
-        if text:
-            limit = min(length, getattr(processor, "model_max_length", length))
-            batch = processor(part, return_tensors="pt", padding=True, truncation=True, max_length=limit)
-            batches.append({name: batch[name] for name in ("input_ids", "attention_mask")})
-        else:
-            batches.append(dict(processor([image.convert("RGB") for image in part], return_tensors="pt")))
-    return batches
+    return list(rows[: min(len(rows), count)][chosen])
 
 
 def _rows(data: str, config: str | None, split: str) -> Any:

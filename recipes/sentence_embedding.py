@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import random
 import re
 from collections.abc import Iterable, Mapping
@@ -68,6 +69,9 @@ class EncoderArguments(FinetuningArguments):
     train_sampling_strategy: str = "group_by_length"
     ddp_find_unused_parameters: bool | None = True  # a pooler that no embedding comes from
     output_dir: str | None = "outputs/demo"
+    redraw: Path | None = dataclasses.field(
+        default=None, metadata={"help": "run nothing: draw the stages of this all_results.json again, beside it"}
+    )
 
 
 @dataclasses.dataclass
@@ -88,13 +92,31 @@ class SentenceArguments(DataArguments):
 
 def main() -> None:
     arguments, data = read_arguments((EncoderArguments, SentenceArguments))
+    if arguments.redraw is not None:
+        return redraw(arguments.redraw)
     arguments.include_num_input_tokens_seen = "non_padding"
     with arguments.main_process_first(desc="data"):
         task = make_task(arguments, data)
     results = finetune(task, arguments)
     if arguments.process_index == 0:
-        plot = partial(plot_stages, results["arms"], next(iter(COLUMNS)))
-        write_beside(Path(arguments.output_dir) / "stages.png", plot)
+        draw(results, Path(arguments.output_dir) / "stages.png")
+
+
+def redraw(results: Path) -> None:
+    """Draws the stages of an all_results.json beside it.
+
+    Raises:
+        InputError: no such file, or none that this recipe wrote.
+    """
+    try:
+        draw(json.loads(results.read_text()), results.with_suffix(".png"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{results} cannot be drawn, it is no all_results.json of this recipe: {error!r}") from error
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Writes the picture of a run's results."""
+    write_beside(path, partial(plot_stages, results["arms"], next(iter(COLUMNS))))
 
 
 def make_task(arguments: EncoderArguments, data: SentenceArguments) -> Task:

@@ -86,6 +86,9 @@ def test_floor_chooses_the_cheapest_specs_for_images(
         ("calibrate {model} {out} --data {data}", "polyattn: .* is not patched"),
         ("diagnose {model} --data {data}", "polyattn: .* is not patched"),
         ("push {model} me/model", r"polyattn: .* is a softmax model; `polyattn patch"),
+        ("explore ../nowhere", r"polyattn: cannot load '../nowhere'"),
+        ("explore {model} --data ../nowhere.parquet", r"polyattn: cannot read split 'train' of '../nowhere.parquet'"),
+        ("bench --redraw ../nowhere.json", r"polyattn: \.\./nowhere\.json cannot be drawn, it is no bench\.json"),
         ("bench --device tpu", r"polyattn: device must be one of \['cpu', 'cuda'\], got 'tpu'"),
         ("bench --backend fast", "polyattn: backend 'fast'"),
     ],
@@ -97,6 +100,9 @@ def test_floor_chooses_the_cheapest_specs_for_images(
         "calibrate-softmax",
         "diagnose-softmax",
         "push-softmax",
+        "explore-nowhere",
+        "explore-data",
+        "redraw",
         "device",
         "backend",
     ],
@@ -116,5 +122,5 @@ def test_help_names_every_command_without_loading_models() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *printed, loaded = done.stdout.splitlines()
     assert loaded == ""
-    for command in ("describe", "patch", "calibrate", "diagnose", "push", "bench", "build"):
+    for command in ("describe", "patch", "calibrate", "diagnose", "explore", "push", "bench", "build"):
         assert any(f" {command} " in line for line in printed), command

@@ -144,6 +144,7 @@ def test_public_names_resolve_to_functions_and_classes() -> None:
         assert value.__doc__, name
     assert set(hp.__all__) <= set(dir(hp))
     assert list(hp.__all__) == sorted(hp.__all__)
+    assert all(isinstance(getattr(hp, room), ModuleType) for room in hp._ROOMS)
     with pytest.raises(AttributeError, match="'hf_polyattn' has no attribute 'softmax'"):
         hp.softmax  # noqa: B018
 
@@ -152,7 +153,7 @@ def test_type_checkers_see_the_public_names() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     blocks = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {alias.name for block in blocks for node in block.body for alias in node.names}  # type: ignore[attr-defined]
-    assert seen == set(hp.__all__)
+    assert seen == {*hp.__all__, *hp._ROOMS}
 
 
 # ---------------------------------------------------------------- rooms
@@ -181,6 +182,8 @@ PACKAGES = {
     "adaptation": NUMERIC,
     "diagnosis": NUMERIC,
     "hub": NUMERIC,
+    "plot": NUMERIC,
+    "explore": NUMERIC,
     "bench": NUMERIC,
     "examples": NUMERIC,
     "cli": {"typer"},
@@ -249,6 +252,7 @@ def test_imports_have_no_cycle() -> None:
 def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     outside = {name for name in imports(module, everywhere=False) if not name.startswith(".")}
     allowed = PACKAGES.get(room_of(module), set()) | ({"triton"} if module.startswith("ops.triton.") else set())
+    allowed |= {"gradio"} if module == "explore.page" else set()
     assert outside - sys.stdlib_module_names <= allowed
 
 

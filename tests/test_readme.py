@@ -21,15 +21,10 @@ def table(header: str) -> list[list[str]]:
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_demo() -> None:
-    arms = read("benchmarks/demo.json")["arms"]
-    rows = table("polynomial | stage")
-    assert len(rows) == 8
-    for spec, stage, *cells in rows:
-        result = arms[spec]["stages"][stage.split(",")[0]]
-        quality = [f"{result[name]:.4f}" for name in ("cosine", "similarity_correlation")]
-        cost = result["latency_ms"] / result["softmax_latency_ms"]
-        assert cells == [*quality, f"{result['neighbour_agreement']:.2f}", f"{cost:.2f}"]
+def test_links_lead_to_files_that_are_there() -> None:
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
+    assert "benchmarks/demo.png" in links
+    assert not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_calibration() -> None:

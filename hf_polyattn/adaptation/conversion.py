@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import InputError, PatchError, PolyAttnError
-from ..files import written_beside
+from ..figures import draw_conversion, save
 from ..patching.core import is_patched
 from ..patching.patched import patched_layers
 from ..spec import Polynomial
@@ -98,23 +98,8 @@ class ConversionReport:
         )
 
     def plot(self, path: str | Path) -> None:
-        """Draws quality against cost along the dial, as PNG; needs matplotlib."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axis = figure.subplots()
-        axis.plot([p.cost for p in self.uniform], [p.quality for p in self.uniform], "o", label="one spec everywhere")
-        for point in self.uniform:
-            axis.annotate(next(iter(point.specs.values())), (point.cost, point.quality), fontsize=7)
-        mixed = sorted(self.mixed, key=lambda point: point.cost)
-        axis.plot([p.cost for p in mixed], [p.quality for p in mixed], ".--", label="a spec for each layer")
-        axis.plot(self.chosen.cost, self.chosen.quality, "*", markersize=14, label="chosen")
-        axis.axhline(self.floor, color="gray", linewidth=0.8, label="floor")
-        axis.set_xlabel("operations a score, mean of the layers")
-        axis.set_ylabel("quality")
-        axis.legend(fontsize=8)
-        with written_beside(path) as partial_path:
-            figure.savefig(partial_path, dpi=150, format="png")
+        """Writes a picture of quality against cost along the dial, in the format of the suffix; needs matplotlib."""
+        save(draw_conversion(self), path)
 
 
 class QualityError(PolyAttnError):

@@ -3,6 +3,6 @@
 Imports `patching` and below.
 """
 
-from .command import PARTS, run
+from .command import PARTS, redraw, run
 
-__all__ = ["PARTS", "run"]
+__all__ = ["PARTS", "redraw", "run"]

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..figures import draw_speedups, save
 from ..files import written_beside
 from .cases import CASES, DTYPES, dtype_name
 from .memory import memory_peaks
 from .models import time_models
 from .operator import time_cases
-from .report import plot, tables
+from .report import tables
 from .timing import matmul_rate
 
 #: What `run` measures -> its key in `bench.json`: the operator, whole models, what attention needs beside its inputs.
@@ -92,9 +93,27 @@ def run(
     if not results["rows"]:
         return
     try:
-        plot(results, output / "bench.png")
+        save(draw_speedups(results), output / "bench.png")
     except ImportError:
         print("bench.png needs matplotlib: pip install matplotlib")
+
+
+def redraw(results: Path) -> Path:
+    """Draws the picture of a `bench.json` again, beside it and under its name; returns its path.
+
+    Raises:
+        InputError: no such file, or none that `run` wrote with the operator in it.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        read = json.loads(results.read_text())
+        if not read["rows"]:
+            raise InputError(f"{results} has no figures of the operator to draw: its list of rows is empty")
+        figure = draw_speedups(read)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{results} cannot be drawn, it is no bench.json: {error!r}") from error
+    save(figure, results.with_suffix(".png"))
+    return results.with_suffix(".png")
 
 
 def _versions(device: str) -> dict[str, str]:

@@ -1,12 +1,10 @@
-"""The results for people: tables and a picture."""
+"""The results for people: tables. `figures.speed` draws them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..tables import format_table
-from .cases import SPECS
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -38,32 +36,3 @@ def tables(results: dict[str, Any]) -> str:
 
 def _cell(times: dict[str, float] | None) -> str:
     return "" if times is None else f"{times['speedup']:.2f} ({times['limit_speedup']:.2f})"
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Draws the forward and forward+backward speedups of every case as bars; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    kinds = ("forward", "forward_backward")
-    dtypes = sorted({row["dtype"] for row in results["rows"]})
-    figure = Figure(figsize=(7 * len(dtypes), 7), layout="constrained")
-    axes = figure.subplots(len(kinds), len(dtypes), squeeze=False)
-    for line, kind in enumerate(kinds):
-        for column, dtype in enumerate(dtypes):
-            axis = axes[line][column]
-            rows = [row for row in results["rows"] if row["dtype"] == dtype and kind in row]
-            cases = list(dict.fromkeys(row["case"] for row in rows))
-            for offset, spec in enumerate(SPECS):
-                own = [row for row in rows if row["spec"] == str(spec)]
-                places = [cases.index(row["case"]) + 0.2 * (offset - 1.5) for row in own]
-                axis.bar(places, [row[kind]["speedup"] for row in own], 0.18, label=str(spec))
-            limits = {row["case"]: row[kind]["limit_speedup"] for row in rows}
-            for place, case in enumerate(cases):
-                axis.plot([place - 0.4, place + 0.4], [limits[case]] * 2, color="black", linewidth=1)
-            axis.axhline(1.0, color="gray", linewidth=0.8, linestyle="--")
-            axis.set_xticks(range(len(cases)), cases, rotation=25, ha="right", fontsize=7)
-            axis.set_title(f"{kind.replace('_', ' + ')}, {dtype}")
-            axis.set_ylabel("times softmax's speed")
-    axes[0][0].legend(fontsize=7, title="black line: one large matrix product")
-    figure.suptitle(results["device"])
-    figure.savefig(path, dpi=120)

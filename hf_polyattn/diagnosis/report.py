@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from ..figures import draw_norms, save
 from ..tables import format_table
 
 
@@ -135,16 +135,7 @@ class Diagnosis:
         Lines are means over heads, bands reach from the lowest head to the highest, dashes are softmax's bounds.
         Needs matplotlib.
         """
-        from matplotlib.figure import Figure
-
-        target = Path(path)
-        figure = Figure(figsize=(11.0, 4.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw(left, "Attention matrix ‖A‖", "√N", self, ("softmax_norm", "polynomial_norm", "bound"))
-        _draw(right, "Jacobian ‖∇A‖", "2√N", self, ("softmax_jacobian", "polynomial_jacobian", "jacobian_bound"))
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        figure.savefig(unfinished, format=target.suffix[1:] or "png", dpi=150)
-        unfinished.replace(target)
+        save(draw_norms(self), path)
 
 
 def _mean(numbers: tuple[float, ...]) -> float:
@@ -157,20 +148,3 @@ def _json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _draw(axes: Any, title: str, bound: str, diagnosis: Diagnosis, names: tuple[str, str, str]) -> None:
-    """Draws one norm of softmax and of the polynomial over the layers, and softmax's bound."""
-    numbers = range(len(diagnosis.layers))
-    for name, label, color in ((names[0], "softmax", "tab:blue"), (names[1], diagnosis.spec, "tab:orange")):
-        heads = [getattr(layer, name) for layer in diagnosis.layers]
-        axes.plot(numbers, [_mean(layer) for layer in heads], "o-", markersize=4, color=color, label=label)
-        axes.fill_between(
-            numbers, [min(layer) for layer in heads], [max(layer) for layer in heads], color=color, alpha=0.15, lw=0
-        )
-    bounds = [getattr(layer, names[2]) for layer in diagnosis.layers]
-    axes.plot(numbers, bounds, "--", color="black", label=f"softmax's bound {bound}")
-    axes.set(title=f"{title}, mean and range over heads", xlabel="patched layer", ylabel="Frobenius norm", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)

@@ -18,6 +18,8 @@ from recipe_runs import ROOT, Run, environment, losses, options
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, MPNetConfig, MPNetModel
 
+from hf_polyattn import InputError
+
 RECIPE = "recipes/sentence_embedding.py"
 QUICK = "recipes/configs/quick.yaml"
 ACCELERATE = ["accelerate.commands.launch", "--config_file", "recipes/configs/cpu.yaml"]
@@ -246,3 +248,16 @@ def test_unknown_names_in_a_file_of_arguments_are_refused(
     with pytest.raises(SystemExit):
         run("sentence_embedding", tmp_path / "out", file)
     assert "known names are" in capsys.readouterr().err
+
+
+def test_redraw_draws_the_stages_of_a_run_and_refuses_anything_else(tmp_path: Path) -> None:
+    import sentence_embedding
+
+    copy = tmp_path / "demo.json"
+    copy.write_text((ROOT / "benchmarks/demo.json").read_text())
+    sentence_embedding.redraw(copy)
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    copy.write_text('{"arms": {"poly3": {}}}')
+    with pytest.raises(InputError, match=r"demo\.json cannot be drawn"):
+        sentence_embedding.redraw(copy)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["demo.json", "demo.png"]

@@ -1,0 +1,138 @@
+"""The server: what is pressed is answered, on this machine only, with nothing from any other host."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from import_blocker import without
+
+import hf_polyattn as hp
+from hf_polyattn.explore.answers import Answers
+from hf_polyattn.explore.command import is_loopback
+from hf_polyattn.explore.markup import answers_table, status
+
+pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[explore]'")
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def page(session: Make, served: Make) -> Iterator[tuple[Any, str]]:
+    """A session of gpt2-zinc and the address of its page."""
+    made = session("gpt2-zinc", 8)
+    with served(made) as address:
+        yield made, address
+
+
+def get(address: str, **headers: str) -> Any:
+    return urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30)
+
+
+def test_page_is_answered_by_gradio_s_own_client(page: tuple[Any, str], tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    made, address = page
+    client = Client(address, verbose=False)
+    *shown, said = client.predict("poly3^16-l1", "", "\n".join(made.examples), api_name="/turn")
+    assert "poly3^16-l1 is calibrated" in said
+    assert re.search(r"<b>(0\.99|1\.00)\d\d</b><span>agreement", shown[1])
+    assert shown[2].count("<svg") == 1
+    maps, said = client.predict("CC(=O)Nc1ccc(O)cc1", 1, 0, -1, api_name="/map")
+    assert 'role="img" aria-label="h.1.attn' in maps.replace("transformer.", "")
+    code, said = client.predict(str(tmp_path / "kept"), api_name="/save")
+    assert f"Saved to {tmp_path / 'kept'}" in said
+    assert 'hp.patch_model(model, "poly3^16-l1")' in code
+    assert (tmp_path / "kept/config.json").exists()
+
+
+def test_an_error_is_a_sentence_on_the_page(page: tuple[Any, str]) -> None:
+    from gradio_client import Client
+
+    client = Client(page[1], verbose=False)
+    *_, said = client.predict("another", "poly99", "CCO\nCCN", api_name="/turn")
+    assert 'role="alert"' in said
+    assert "Grammar" in said
+    *_, said = client.predict(" ", api_name="/save")
+    assert "name a folder" in said
+
+
+def test_page_tells_the_browser_to_load_from_here_only(page: tuple[Any, str]) -> None:
+    with get(page[1]) as answer:
+        text, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy
+    assert "http" not in policy
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"?https?://(?!127\.0\.0\.1)", text)
+    assert "fonts.googleapis" not in text
+    assert '"analytics_enabled":false' in text.replace(" ", "")
+
+
+def test_a_page_of_another_site_gets_nothing(page: tuple[Any, str]) -> None:
+    """Its name may point to 127.0.0.1; then its scripts reach this server under that name."""
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        get(page[1], Host="attacker.example")
+    assert get(page[1], Host="localhost").status == 200
+
+
+def test_what_comes_from_elsewhere_is_escaped() -> None:
+    attack = '<script>alert("x")</script>'
+    assert "<script" not in answers_table(Answers(attack, (attack,), ((attack,),), attack))
+    assert "<script" not in status(attack, error=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("me", False)]
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+STARTED = """
+import sys, threading, time
+from hf_polyattn.explore import Session
+from hf_polyattn.explore.command import serve
+session = Session(sys.argv[1], "cpu")
+started = time.process_time()
+def ready(address):
+    print(time.process_time() - started, address, flush=True)
+    threading.Timer(0.1, sys.stdout.close).start()
+    raise KeyboardInterrupt
+try:
+    serve(session, "127.0.0.1", 0, ready)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def test_server_starts_in_less_than_five_seconds_beyond_loading(checkpoint: Callable[[str], Path]) -> None:
+    """Seconds of this process's own work: the machine of the tests is shared."""
+    command = [sys.executable, "-c", STARTED, str(checkpoint("gpt2-zinc"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, address = done.stdout.split()
+    assert float(seconds) < 5.0
+    assert address.startswith("http://127.0.0.1:")
+
+
+def test_without_gradio_it_says_what_to_install(checkpoint: Callable[[str], Path]) -> None:
+    code = f"{without('gradio')}\nfrom hf_polyattn import cli\n"
+    code += f"sys.argv[1:] = ['explore', {str(checkpoint('gpt2-zinc'))!r}]\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "polyattn: the explorer needs gradio: pip install 'hf_polyattn[explore]'" in done.stderr
+
+
+def test_a_port_in_use_is_named(session: Make) -> None:
+    import socket
+
+    from hf_polyattn.explore.command import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(hp.InputError, match=f"cannot listen on 127.0.0.1, port {port}"):
+            serve(session("gpt2-zinc", 1), "127.0.0.1", port)
