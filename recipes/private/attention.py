@@ -16,6 +16,7 @@ from .owner import Plan
 
 Array = Any
 Secrets = Mapping[str, Array]
+HIDDEN = -64.0  # nats; SPU's exp, (1 + x / 256)^256, is none below −256
 ROW_SUMS = (0.2, 5.0)  # between which a refinement looks at its row sum
 
 
@@ -37,15 +38,14 @@ def attention(plan: Plan, secrets: Secrets, query: Array, key: Array, value: Arr
         weights, total = softmax_weights(scores, visible)
         return by_head(weights, value.transpose(1, 0, 2)) * (1.0 / total)[..., None]
     if plan.kind == "jax.nn.softmax":
-        hidden = np.where(visible == 0.0, -1e4, 0.0)[:, None]
-        masked = scores if visible.all() else scores + hidden
-        return by_head(jax.nn.softmax(masked, -1), value.transpose(1, 0, 2))
+        return by_head(jax.nn.softmax(lowered(scores, visible), -1), value.transpose(1, 0, 2))
     count = visible.sum(-1, dtype=np.float32)
     y = scores - row_shift(plan, secrets, scores, forms, visible, count)[..., None]
     for number in range(plan.refinements):
         part = {name.partition(".")[2]: x for name, x in secrets.items() if name.startswith(f"refinement{number}.")}
         y = y - refinement(plan, part, y, visible, count)[..., None]
-    y = jnp.clip(y, -1.0, 1.0) if plan.clamp else y
+    if plan.clamp:
+        y = jnp.clip(y, -secrets["limit"][:, None], secrets["limit"][:, None])
     weights = polynomial(y, secrets["coefficients"], plan.monic)
     weights = weights if visible.all() else weights * visible[:, None]
     for _ in range(plan.power.bit_length() - 1):
@@ -73,10 +73,14 @@ def by_head(rows: Array, columns: Array) -> Array:
 
 def softmax_weights(scores: Array, visible: np.ndarray) -> tuple[Array, Array]:
     """Returns exp(x − max) and its row sums: the output is divided once a row, not each weight."""
-    if not visible.all():
-        scores = jnp.where(visible[:, None] > 0.0, scores, -1e4)
+    scores = lowered(scores, visible)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return weights, weights.sum(-1)
+
+
+def lowered(scores: Array, visible: np.ndarray) -> Array:
+    """Returns the scores with `HIDDEN` added to those that a row does not see, whose exp is then 0 in fixed point."""
+    return scores if visible.all() else scores + np.where(visible > 0.0, 0.0, HIDDEN).astype(np.float32)[:, None]
 
 
 def row_shift(

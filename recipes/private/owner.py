@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_polyattn.spec import Polynomial
+
 from .checkpoint import Checkpoint, PolynomialLayer
 
 # Powers of a radius in the features m, v, m², m v, v², v³; DESIGN.md, "The row shift".
@@ -20,6 +22,8 @@ POWERS = (1, 2, 2, 3, 4, 6)
 ALPHA = {"rsqrt": 0.5, "mean": 1.0, "none": 0.0, "l1": 0.0}
 #: Above this a coefficient, in units of the highest, would cost the values their precision.
 LARGEST = 64.0
+#: Of the weights before a row sum divides them.
+TOP = 1024.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,12 @@ def prepare_layer(layer: PolynomialLayer | None, heads: int, head_dim: int) -> P
     if layer is None:
         return Prepared(Plan(), {}, scaling * ones, ones)
     spec, tensors = layer.spec, layer.tensors
-    radius = tensors["radius"] if layer.interval else ones
-    coefficients = effective_coefficients(layer, heads)
-    monic, leading = _monic([coefficients])
+    coefficients, unit, monic, leading = _scaled(effective_coefficients(layer, heads), spec)
+    radius = (tensors["radius"] if layer.interval else ones) / unit
     alpha = ALPHA[spec.normalizer]
-    secrets: dict[str, Any] = {"coefficients": monic[0]} | _shift(layer, radius, alpha, head_dim)
+    secrets: dict[str, Any] = {"coefficients": coefficients} | _shift(layer, radius, alpha)
+    if layer.clamp:
+        secrets["limit"] = unit
     for number in range(spec.refinements):
         secrets |= _refinement(layer, number, radius)
     plan = Plan(
@@ -85,12 +90,12 @@ def prepare_layer(layer: PolynomialLayer | None, heads: int, head_dim: int) -> P
         clamp=layer.clamp,
         row_sum=spec.normalizer == "l1",
         alpha=alpha,
-        monic=leading is not None,
+        monic=monic,
         moments=layer.moments,
         lengths=tuple(tensors["moments.lengths"].tolist()) if layer.moments else (1.0, 1e9),
         refinements=spec.refinements,
     )
-    value_scale = ones if plan.row_sum or leading is None else leading[0] ** spec.power
+    value_scale = ones if plan.row_sum else leading**spec.power
     return Prepared(
         plan, {name: np.asarray(x, np.float32) for name, x in secrets.items()}, scaling / radius, value_scale
     )
@@ -101,17 +106,25 @@ def effective_coefficients(layer: PolynomialLayer, heads: int) -> np.ndarray:
     return np.broadcast_to(layer.tensors["coefficients"], (heads, layer.spec.degree + 1))
 
 
-def _monic(polynomials: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """Returns polynomials over their highest coefficients, and those; as they are, and None, where that is unsafe."""
-    leading = [c[:, -1] for c in polynomials]
+def _scaled(c: np.ndarray, spec: Polynomial) -> tuple[np.ndarray, np.ndarray, bool, np.ndarray]:
+    """Returns the coefficients to compute with, the unit of t in them (H,), if the last is 1, and their factor (H,).
+
+    A row sum does not see a factor, but fixed-point numbers do: the largest weight is to be `TOP`, so that rows far
+    below it keep their digits. With the highest coefficient 1 only the unit of t can see to that.
+    """
+    leading, ones, top = c[:, -1], np.ones(len(c)), c.sum(1)
+    powers = np.arange(c.shape[1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        divided = [c / top[:, None] for c, top in zip(polynomials, leading, strict=True)]
-    if all(np.isfinite(c).all() and np.abs(c).max() <= LARGEST for c in divided):
-        return divided, leading
-    return polynomials, None
+        unit = (TOP ** (1.0 / spec.power) * leading / top) ** (1.0 / spec.degree) if spec.normalizer == "l1" else ones
+        monic = c / leading[:, None] * unit[:, None] ** (spec.degree - powers)
+    if np.isfinite(monic).all() and np.abs(monic).max() <= LARGEST:
+        return monic, unit, True, leading
+    if spec.normalizer == "l1":
+        return c * (TOP ** (1.0 / spec.power) / top)[:, None], ones, False, ones
+    return c, ones, False, ones
 
 
-def _shift(layer: PolynomialLayer, radius: np.ndarray, alpha: float, head_dim: int) -> dict[str, np.ndarray]:
+def _shift(layer: PolynomialLayer, radius: np.ndarray, alpha: float) -> dict[str, np.ndarray]:
     """Returns what moves the scores of a row, in radii; see DESIGN.md, "The row shift"."""
     tensors = layer.tensors
     center = tensors["center"] if layer.interval else np.zeros_like(radius)

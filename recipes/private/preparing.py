@@ -18,6 +18,7 @@ from hf_polyattn import InputError
 from hf_polyattn.files import written_beside
 
 CLAMP_FREE = " clamp-free"
+STEP = 8  # tokens by which the lengths of a file's rows differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,7 @@ def pieces(sentences: list[str], tokenizer: Any, lengths: list[int], count: int)
 
 
 def by_length(rows: list[list[int]]) -> list[Tensor]:
-    """Returns token rows of different lengths as batches of equal ones, without padding."""
-    lengths = sorted({len(row) for row in rows})
-    return [torch.tensor([row for row in rows if len(row) == length]) for length in lengths]
+    """Returns token rows, cut to a multiple of `STEP` tokens, as batches of equal lengths and without padding."""
+    cut = [row[: len(row) // STEP * STEP] for row in rows if len(row) >= STEP]
+    lengths = sorted({len(row) for row in cut})
+    return [torch.tensor([row for row in cut if len(row) == length]) for length in lengths]

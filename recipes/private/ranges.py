@@ -49,9 +49,10 @@ def _sizes(jaxpr: Any, consts: Any, arguments: Any) -> tuple[list[tuple[float, s
             inner = inner if inner is not None else equation.params["call_jaxpr"]
             found, outputs = _sizes(inner.jaxpr, inner.consts, inputs)
             sizes += found
-        else:
-            outputs = equation.primitive.bind(*inputs, **equation.params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
+            values.update(zip(equation.outvars, outputs, strict=True))
+            continue
+        outputs = equation.primitive.bind(*inputs, **equation.params)
+        outputs = outputs if equation.primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
         finite = [np.asarray(x) for x in outputs if np.issubdtype(np.asarray(x).dtype, np.floating) and np.size(x)]
         sizes += [(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)), equation.primitive.name) for x in finite]
