@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--loopback", choices=["SEMI2K", "ABY3"], help="also as real processes, attention only")
     group = parser.add_argument_group("report")
     group.add_argument("--write", type=Path, help="JSON to put the results into, beside those of other models")
+    group.add_argument("--page", type=Path, help="Markdown whose tables are renewed from that JSON")
     return parser.parse_args()
 
 
@@ -128,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    from private.reporting import plot, table
+    from private.reporting import page, plot, table, tables
 
     results = json.loads((options.output_dir / "private.json").read_text())
     print(table(results))
@@ -141,6 +142,10 @@ def report(options: argparse.Namespace) -> None:
             every = json.loads(options.write.read_text())
         with written_beside(options.write) as partial:
             partial.write_text(json.dumps(every | {name: results}, indent=1) + "\n")
+        if options.page is not None:
+            text = page(options.page.read_text(), tables(every | {name: results}))
+            with written_beside(options.page) as partial:
+                partial.write_text(text)
 
 
 STEPS = {"prepare": prepare, "run": run, "report": report}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_polyattn.errors import InputError
 from hf_polyattn.tables import format_table
 
 BASELINE = "softmax"
@@ -52,8 +54,7 @@ def table(results: dict[str, Any]) -> str:
     parts = ["one layer's attention", format_table(HEADER, rows_of(results, "attention"))]
     whole = rows_of(results, "whole")
     if whole:
-        quality = "NLL" if any("nll" in case for case in results["cases"]) else "cosine to softmax"
-        parts += ["", "the whole model", format_table((*HEADER, quality), whole)]
+        parts += ["", "the whole model", format_table((*HEADER, outcome_name(results)), whole)]
     return "\n".join(parts)
 
 
@@ -78,3 +79,40 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 axis.set_yticklabels([])
     figure.suptitle("Attention of one layer among parties")
     figure.savefig(path, format="png", dpi=130)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns rows as a table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def page(text: str, tables: dict[str, str]) -> str:
+    """Returns a page with these tables in place of those between `<!-- name -->` and `<!-- end of name -->`."""
+    for name, content in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise InputError(f"the page has no {start.strip()} … {end}")
+        text = f"{before}{start}\n{content}\n\n{end}{after}"
+    return text
+
+
+def tables(every: dict[str, Any]) -> dict[str, str]:
+    """Returns the tables of docs/private_inference.md, of benchmarks/private.json, by name."""
+    from .depths import HEADER as DEPTHS
+    from .depths import rows
+
+    found = {"depths": markdown(DEPTHS, rows())}
+    for name, results in every.items():
+        for part, more in (("attention", ()), ("whole", (outcome_name(results),))):
+            measured = rows_of(results, part)
+            if measured:
+                found[f"{part} of {name}"] = markdown((*HEADER, *more), measured)
+    return found
+
+
+def outcome_name(results: dict[str, Any]) -> str:
+    """Returns what the last column of the whole model's table is."""
+    return "NLL" if any("nll" in case for case in results["cases"]) else "cosine to softmax"

@@ -118,6 +118,16 @@ def test_values_that_the_ring_cannot_hold_are_one_clear_line(spu_python: str) ->
     assert error.endswith("Take --field FM128, or fewer --fraction_bits.")
 
 
+def test_the_page_has_the_measured_tables() -> None:
+    reporting = importlib.import_module("private.reporting")
+    text = (ROOT / "docs/private_inference.md").read_text()
+    tables = reporting.tables(json.loads((ROOT / "benchmarks/private.json").read_text()))
+    assert reporting.page(text, tables) == text
+    assert all(f"<!-- {name} -->" in text for name in tables)
+    with pytest.raises(hp.InputError, match="the page has no <!-- depths -->"):
+        reporting.page("no table", tables)
+
+
 # ---------------------------------------------------------------- what is refused, without SPU
 
 
