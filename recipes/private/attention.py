@@ -86,26 +86,32 @@ def lowered(scores: Array, visible: np.ndarray) -> Array:
 def row_shift(
     plan: Plan, secrets: Secrets, scores: Array, forms: Array, visible: np.ndarray, count: np.ndarray
 ) -> Array:
-    """Returns center + s_i in radii, (T, H) or (H,); DESIGN.md, "The row shift"."""
+    """Returns center + s_i in radii, (T, H) or (H,); DESIGN.md, "The row shift".
+
+    s_i = … + a₀ m + a₁ v + a₂ m² + Σ b (u·q)² + a₃ (m v) + (a₄ + a₅ v) v², the products of a line in one.
+    """
     if "columns" not in secrets:
         return secrets["constant"]
     if not plan.moments:
         return secrets["constant"] + forms[..., 0]
     held = np.clip(count, *plan.lengths)
-    log, held_log, held_inverse = (x.astype(np.float32)[:, None] for x in (np.log(count), np.log(held), 1.0 / held))
-    constant = secrets["constant"] + secrets["log"] * log + secrets["held_log"] * held_log
-    constant = constant + secrets["held_inverse"] * held_inverse + forms[..., 0] + held_log * forms[..., 1]
     seen = scores if visible.all() else scores * visible[:, None]
-    share = (1.0 / count).astype(np.float32)[:, None]
-    mean, second = seen.sum(-1) * share, (seen * seen).sum(-1) * share
-    squared = jnp.concatenate([mean[..., None], forms[..., 2:]], -1) ** 2
-    mean_square, squares = squared[..., 0], squared[..., 1:]
-    variance = second - mean_square
-    pair = jnp.stack([mean, variance], -1) * variance[..., None]
-    cube = pair[..., 1] * variance
-    features = jnp.stack([mean, variance, mean_square, pair[..., 0], pair[..., 1], cube], -1)
-    features = jnp.concatenate([features, squares], -1)
-    return constant + (features * secrets["features"]).sum(-1)
+    # Products of independent numbers are one, each round being one whatever its size.
+    shape = forms.shape[:2]
+    by_length = [jnp.broadcast_to(secrets[name], shape) for name in ("log", "held_log", "held_inverse")]
+    known = np.stack([1.0 / count, np.log(held), np.log(count), np.log(held), 1.0 / held], -1).astype(np.float32)
+    scaled = jnp.stack([seen.sum(-1), forms[..., 1], *by_length], -1) * known[:, None]
+    mean, shift = scaled[..., 0], secrets["constant"] + forms[..., 0] + scaled[..., 1:].sum(-1)
+    squared = jnp.concatenate([seen, mean[..., None], forms[..., 2:]], -1) ** 2
+    second, mean_square, squares = jnp.split(squared, [len(visible), len(visible) + 1], -1)
+    variance = second.sum(-1) * (1.0 / count).astype(np.float32)[:, None] - mean_square[..., 0]
+    weights = [jnp.broadcast_to(w, shape) for w in secrets["features"].T]
+    left = [mean, variance, mean_square[..., 0], *jnp.moveaxis(squares, -1, 0), variance, mean, variance]
+    right = [weights[0], weights[1], weights[2], *weights[6:], weights[5], variance, variance]
+    products = jnp.stack(left, -1) * jnp.stack(right, -1)
+    last = products[..., -2:]  # m v, v²
+    higher = jnp.stack([weights[3], weights[4] + products[..., -3]], -1) * last
+    return shift + products[..., :-3].sum(-1) + higher.sum(-1)
 
 
 def refinement(plan: Plan, part: Secrets, y: Array, visible: np.ndarray, count: np.ndarray) -> Array:
