@@ -54,7 +54,7 @@ def attention(plan: Plan, secrets: Secrets, query: Array, key: Array, value: Arr
     if plan.row_sum:
         # Without |·|, which is a comparison: an l1 polynomial is positive on the scores of its calibration.
         return output * (1.0 / weights.sum(-1))[..., None]
-    return output * (count**-plan.alpha).astype(np.float32)[:, None, None]
+    return output if plan.scaled else output * (count**-plan.alpha).astype(np.float32)[:, None, None]
 
 
 def by_head(rows: Array, columns: Array) -> Array:

@@ -19,7 +19,7 @@ from hf_polyattn.errors import InputError, PolyAttnError
 
 from .checkpoint import read_checkpoint
 from .engine import PROTOCOLS, Cost, Engine
-from .models import Model, load
+from .models import Model, for_length, load
 from .ranges import check
 
 # The largest vocabulary whose table is looked up among the parties: the product of one-hot rows with the 30,522 rows of
@@ -62,6 +62,10 @@ class Prepared:
         visible = np.ones((len(tokens), len(tokens)), np.float32)
         return one_hot, np.tril(visible) if self.model.checkpoint.causal else visible
 
+    def of(self, number: int) -> Model:
+        """Returns the model for a sample."""
+        return for_length(self.model, len(self.samples[number]))
+
     def check_plain(self, number: int) -> float:
         """Returns how far JAX is from PyTorch in plain text, over the largest number.
 
@@ -69,7 +73,8 @@ class Prepared:
             PlainTextError: further than 1e-4.
         """
         one_hot, visible = self.inputs(number)
-        found = np.asarray(self.model.forward(self.model.weights, one_hot, visible))
+        model = self.of(number)
+        found = np.asarray(model.forward(model.weights, one_hot, visible))
         error = float(np.abs(found - self.plain[number]).max() / np.abs(self.plain[number]).max())
         if error > PLAIN_ERROR:
             raise PlainTextError(
@@ -80,7 +85,8 @@ class Prepared:
     def operands(self, number: int, layer: int) -> list[np.ndarray]:
         """Returns query, key and value of a layer, (T, H · D) each, in plain text."""
         seen: list[Any] = []
-        self.model.forward(self.model.weights, *self.inputs(number), seen)
+        model = self.of(number)
+        model.forward(model.weights, *self.inputs(number), seen)
         return [np.asarray(x) for x in seen[layer]]
 
 
@@ -122,9 +128,11 @@ def nll(logits: np.ndarray, tokens: np.ndarray) -> float:
 
 
 def summed_up(costs: list[Cost]) -> dict[str, Any]:
-    """Returns repeats as JSON: the median time, all times, and what was sent."""
-    first = costs[0]
-    return asdict(first) | {"seconds": median(c.seconds for c in costs), "repeats": [c.seconds for c in costs]}
+    """Returns repeats as JSON: medians, for ABY3's counts of messages differ by a few, and all of them."""
+    names = ("seconds", "bytes_sent", "rounds")
+    return {name: median(getattr(cost, name) for cost in costs) for name in names} | {
+        "repeats": list(map(asdict, costs))
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,14 +229,14 @@ def _programs(prepared: list[Prepared], number: int, settings: Settings) -> dict
     for arm in prepared:
         one_hot, visible = arm.inputs(number)
         operands, prefix = arm.operands(number, layer), f"attention{layer}."
-        own = {name: x for name, x in arm.model.weights.items() if name.startswith(prefix)}
-        models = {arm.arm: arm.model}
+        own = {name: x for name, x in arm.of(number).weights.items() if name.startswith(prefix)}
+        models = {arm.arm: arm.of(number)}
         if arm.arm == "softmax":
-            models["jax.nn.softmax"] = as_jax_writes_it(arm.model)
+            models["jax.nn.softmax"] = as_jax_writes_it(arm.of(number))
         for name, model in models.items():
             attention[name] = (attention_program(model, visible, layer), own, *operands)
             check(f"{name}'s attention", *ring, *attention[name])
-        whole[arm.arm] = whole_program(arm.model, one_hot, visible)
+        whole[arm.arm] = whole_program(arm.of(number), one_hot, visible)
         check(arm.arm, *ring, *whole[arm.arm])
 
     def error(name: str, output: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -136,6 +136,19 @@ def load(checkpoint: Checkpoint) -> Model:
         if name.startswith("embeddings.") and name.endswith("_embeddings.weight"):
             tensors[name] = tensors[name] * np.float32(EMBEDDINGS)
     return Model(checkpoint, layers, {name: x for name, x in tensors.items() if name not in unused})
+
+
+def for_length(model: Model, length: int) -> Model:
+    """Returns a model for sequences of one length, of which rows see all: n^(−alpha) is then the owner's factor too."""
+    if model.checkpoint.causal:
+        return model
+    weights = dict(model.weights)
+    for number, layer in enumerate(model.layers):
+        for kind in ("weight", "bias"):
+            name = f"encoder.layer.{number}.attention.self.value.{kind}"
+            weights[name] = weights[name] * np.float32(length**-layer.plan.alpha)
+    layers = [replace(layer, plan=replace(layer.plan, scaled=True)) for layer in model.layers]
+    return replace(model, layers=layers, weights=weights)
 
 
 def _bert(model: Model, weights: Weights, hidden: Array, visible: np.ndarray, seen: list[Any]) -> Array:

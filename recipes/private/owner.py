@@ -39,6 +39,7 @@ class Plan:
         moments: whether mean and variance of the scores shift a row.
         lengths: of the calibration, between which n is held for the features of the length.
         refinements: how often the row sum does.
+        scaled: whether the fixed normalizer is in the values, for one public length.
     """
 
     kind: str = "softmax"
@@ -51,6 +52,7 @@ class Plan:
     moments: bool = False
     lengths: tuple[float, float] = (1.0, 1e9)
     refinements: int = 0
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
