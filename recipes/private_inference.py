@@ -47,6 +47,8 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--repeats", type=int, default=3, help="of the attention of one layer")
     group.add_argument("--whole_repeats", type=int, default=1, help="of the whole model; 0 leaves it out")
     group.add_argument("--whole_samples", type=int, help="how many samples it is run on, shortest first; default: all")
+    group.add_argument("--tokens", type=int, nargs="+", help="lengths of the samples that are run; default: all")
+    group.add_argument("--add", action="store_true", help="keep what an earlier run measured and this one does not")
     group.add_argument("--loopback", choices=["SEMI2K", "ABY3"], help="also as real processes, attention only")
     group = parser.add_argument_group("report")
     group.add_argument("--write", type=Path, help="JSON to put the results into, beside those of other models")
@@ -116,16 +118,27 @@ def run(options: argparse.Namespace) -> None:
         repeats=options.repeats,
         whole_repeats=options.whole_repeats,
         whole_samples=options.whole_samples,
+        tokens=options.tokens,
         field=options.field,
         fraction_bits=options.fraction_bits,
         loopback=options.loopback,
     )
 
+    file = options.output_dir / "private.json"
+    before = json.loads(file.read_text())["cases"] if options.add and file.is_file() else []
+
     def save(results: dict[str, Any]) -> None:
-        with written_beside(options.output_dir / "private.json") as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
+        kept = [case for case in before if not any(same_measure(case, other) for other in results["cases"])]
+        with written_beside(file) as partial:
+            partial.write_text(json.dumps(results | {"cases": kept + results["cases"]}, indent=1) + "\n")
 
     measure(options.output_dir, options.arms, settings, save)
+
+
+def same_measure(case: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two cases are of one protocol and sample, and of the same part: only those are compared."""
+    names = ("protocol", "sample", "processes")
+    return ("whole" in case) == ("whole" in other) and all(case.get(name) == other.get(name) for name in names)
 
 
 def report(options: argparse.Namespace) -> None:

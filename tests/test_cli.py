@@ -72,7 +72,7 @@ def test_polynomials_are_printed_and_written(
     assert written == hp.polynomials(model).to_dict()
     assert [layer["depth"] for layer in written["layers"]] == [6] * 4
     assert len(written["layers"][0]["heads"][0]["in_interval"]) == 3
-    with pytest.raises(SystemExit, match="polyattn: .* is not patched"):
+    with pytest.raises(SystemExit, match=r"polyattn: .* is not patched"):
         run("polynomials", checkpoint("gpt2-zinc"), "--json", tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
 

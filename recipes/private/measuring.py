@@ -144,6 +144,7 @@ class Settings:
         repeats: of the attention of one layer; 0 leaves it out.
         whole_repeats: of the whole model; 0 leaves it out.
         whole_samples: how many of the samples the whole model is run on; None for all.
+        tokens: lengths of the samples that are run; None for all.
         field, fraction_bits: of the fixed-point numbers.
         layer: whose attention is run alone.
         loopback: a protocol that is run as real processes too: attention of the first sample, each arm once.
@@ -153,6 +154,7 @@ class Settings:
     repeats: int = 3
     whole_repeats: int = 1
     whole_samples: int | None = None
+    tokens: Sequence[int] | None = None
     field: str = "FM64"
     fraction_bits: int = 18
     layer: int = 0
@@ -174,9 +176,12 @@ def measure(
         PlainTextError, RangeError, InputError: before anything is shared.
     """
     prepared = [Prepared(folder, arm) for arm in arms]
-    numbers = range(len(prepared[0].samples))
+    lengths = [len(sample) for sample in prepared[0].samples]
+    numbers = [n for n, length in enumerate(lengths) if settings.tokens is None or length in settings.tokens]
+    if not numbers:
+        raise InputError(f"no sample of {settings.tokens} tokens; there are {lengths}")
     plain_error = {arm.arm: max(arm.check_plain(number) for number in numbers) for arm in prepared}
-    programs = [_programs(prepared, number, settings) for number in numbers]
+    programs = {number: _programs(prepared, number, settings) for number in numbers}
     results: dict[str, Any] = {
         **asdict(settings),
         "parties": {protocol: PROTOCOLS[protocol] for protocol in settings.protocols},
@@ -203,9 +208,10 @@ def measure(
         save(results)
     if settings.loopback is not None:
         engine = _engine(settings.loopback, settings, processes=True)
-        for name, [(output, cost)] in _taking_turns(engine, programs[0]["attention"], 1).items():
-            error = programs[0]["error"](name, output)
-            add(settings.loopback, 0, name, processes=True, attention=summed_up([cost]), error=error)
+        first = numbers[0]
+        for name, [(output, cost)] in _taking_turns(engine, programs[first]["attention"], 1).items():
+            error = programs[first]["error"](name, output)
+            add(settings.loopback, first, name, processes=True, attention=summed_up([cost]), error=error)
         save(results)
     for number, protocol in product(numbers[: settings.whole_samples], settings.protocols):
         runs = _taking_turns(_engine(protocol, settings), programs[number]["whole"], settings.whole_repeats)
