@@ -50,9 +50,9 @@ def succeed(python: str, *words: Any) -> str:
 def molecules(
     checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Two layers of gpt2-zinc, prepared."""
+    """A layer of gpt2-zinc, prepared."""
     output = tmp_path_factory.mktemp("private") / "molecules"
-    words = ["prepare", "--output_dir", output, "--model", checkpoint("gpt2-zinc"), "--layers", 2, "--samples", 1]
+    words = ["prepare", "--output_dir", output, "--model", checkpoint("gpt2-zinc"), "--layers", 1, "--samples", 1]
     words += ["--data", shared("datasets/zinc/train.parquet"), "--sequences", 4, "--arms", *ARMS]
     succeed(sys.executable, "recipes/private_inference.py", *words)
     return output
