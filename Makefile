@@ -3,6 +3,7 @@
 # make check   formatting, lint and types
 # make docs    the documentation, into outputs/docs; broken links are errors
 # make bench   times the operator next to softmax attention on this machine
+# make private runs a model among parties that see neither its weights nor its input, next to softmax
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,8 +13,9 @@ OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := .cache/transformers-$(OLDEST_TRANSFORMERS)
 KERNELS_VERSION := 0.17.2
 KERNELS := .cache/kernels-$(KERNELS_VERSION)
+PRIVATE := .venv-private
 
-.PHONY: setup demo test test-gpu check format docs bench clean
+.PHONY: setup demo test test-gpu check format docs bench private clean
 
 setup: $(VENV)/.done $(OLDEST)/.done $(KERNELS)/.done
 
@@ -68,5 +70,17 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.done
 	$(BIN)/python -m hf_polyattn bench --output outputs/bench
 
+# SPU needs an older numpy and jax than the rest, so it has an environment of its own, about 1 GB.
+$(PRIVATE)/.done: recipes/requirements-private.txt
+	rm -rf $(PRIVATE)
+	$(PYTHON) -m venv $(PRIVATE)
+	$(PRIVATE)/bin/python -m pip install --quiet --requirement recipes/requirements-private.txt
+	touch $@
+
+private: $(VENV)/.done $(PRIVATE)/.done
+	$(BIN)/python recipes/private_inference.py prepare --distill_steps 60
+	$(PRIVATE)/bin/python recipes/private_inference.py run --whole_samples 1 --loopback SEMI2K
+	$(BIN)/python recipes/private_inference.py report
+
 clean:
-	rm -rf $(VENV) .cache outputs build *.egg-info
+	rm -rf $(VENV) $(PRIVATE) .cache outputs build *.egg-info

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .diagnosis.callback import MonitorCallback
     from .diagnosis.diagnosis import diagnose
     from .diagnosis.monitor import Monitor
+    from .diagnosis.polynomials import Polynomials, polynomials
     from .diagnosis.report import Diagnosis
     from .errors import (
         BackendError,
@@ -67,6 +68,7 @@ _HOME = {
     "PolyAttentionConfig": "spec",
     "PolyAttnError": "errors",
     "Polynomial": "spec",
+    "Polynomials": "diagnosis.polynomials",
     "QualityError": "adaptation.conversion",
     "SpecError": "errors",
     "TrainingError": "errors",
@@ -87,6 +89,7 @@ _HOME = {
     "param_groups": "adaptation.training",
     "patch_model": "patching.patch",
     "polynomial_attention": "ops",
+    "polynomials": "diagnosis.polynomials",
     "similarity": "adaptation.quality",
     "softmax_attention": "patching.patch",
     "unpatch_model": "patching.patch",
@@ -109,6 +112,7 @@ __all__ = [
     "PolyAttentionConfig",
     "PolyAttnError",
     "Polynomial",
+    "Polynomials",
     "QualityError",
     "SpecError",
     "TrainingError",
@@ -129,6 +133,7 @@ __all__ = [
     "param_groups",
     "patch_model",
     "polynomial_attention",
+    "polynomials",
     "similarity",
     "softmax_attention",
     "unpatch_model",

@@ -115,6 +115,25 @@ def describe(model: Model) -> None:
 
 
 @app.command()
+def polynomials(
+    model: Model,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write all of it to, in full precision.")
+    ] = None,
+) -> None:
+    """Print the polynomial of every layer and head of a model: coefficients, interval, degree, multiplicative depth."""
+    from .diagnosis.polynomials import polynomials as polynomials_of
+    from .examples import load_model
+
+    found = polynomials_of(load_model(model, "cpu"))
+    typer.echo(found)
+    if json_file is not None:
+        with written_beside(json_file) as partial:
+            partial.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        typer.echo(f"written to {json_file}")
+
+
+@app.command()
 @with_source()
 def patch(
     source: Source,

@@ -60,6 +60,23 @@ def test_model_is_patched_calibrated_changed_and_diagnosed(
     assert json.loads((tmp_path / "report/diagnosis.json").read_text())["layers"]
 
 
+def test_polynomials_are_printed_and_written(
+    run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = ["--data", shared("datasets/zinc/train.parquet"), "--batches", 1, "--batch-size", 32]
+    run("patch", checkpoint("gpt2-zinc"), tmp_path / "model", "--spec", "poly2^4-l1", *data)
+    printed = run("polynomials", tmp_path / "model", "--json", tmp_path / "polynomials.json")
+    assert "transformer.h.3.attn" in printed
+    written = json.loads((tmp_path / "polynomials.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert written == hp.polynomials(model).to_dict()
+    assert [layer["depth"] for layer in written["layers"]] == [6] * 4
+    assert len(written["layers"][0]["heads"][0]["in_interval"]) == 3
+    with pytest.raises(SystemExit, match=r"polyattn: .* is not patched"):
+        run("polynomials", checkpoint("gpt2-zinc"), "--json", tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_floor_chooses_the_cheapest_specs_for_images(
     run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
 ) -> None:

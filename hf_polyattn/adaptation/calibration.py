@@ -48,6 +48,7 @@ class CalibrationReport:
         layers: one `LayerReport` per patched attention module.
         unknowns: of the largest regression of a head, on its rows.
         lengths: the fewest and the most keys that a row saw.
+        clamp: whether the polynomials are clamped.
     """
 
     spec: str
@@ -55,6 +56,7 @@ class CalibrationReport:
     layers: tuple[LayerReport, ...]
     unknowns: int = 1
     lengths: tuple[int, int] | None = None
+    clamp: bool = True
 
     #: A layer whose mean explained variance is lower than this is said to fit badly.
     BAD_FIT = 0.8
@@ -76,6 +78,18 @@ class CalibrationReport:
     def bad_layers(self) -> tuple[str, ...]:
         """Paths of the layers that fit badly."""
         return tuple(layer.path for layer in self.layers if _mean(layer.explained_variance) < self.BAD_FIT)
+
+    @property
+    def needs_clamp(self) -> str | None:
+        """What to say of polynomials that cannot do without the clamp they do not have; None if they can."""
+        if self.clamp or not self.bad_layers:
+            return None
+        width = max(max(layer.width) for layer in self.layers if layer.path in self.bad_layers)
+        return (
+            f"without a clamp {self.spec} has to be right on every score, up to {width:.0f} nats of them, and is not "
+            f"in {len(self.bad_layers)} of {len(self.layers)} layers: take a power (poly3^4-l1), a higher even degree "
+            "(poly4, poly6), or clamp=True."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON types."""
@@ -101,6 +115,8 @@ class CalibrationReport:
         verdicts = [self.too_few_rows] if self.too_few_rows else []
         if self.bad_layers:
             verdicts.append(f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}.")
+        if self.needs_clamp:
+            verdicts.append(self.needs_clamp)
         verdict = " ".join(verdicts) or "every layer fits."
         of = f" of {self.lengths[0]} to {self.lengths[1]} keys" if self.lengths else ""
         return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer{of}: {verdict}"
@@ -162,10 +178,12 @@ def calibrate(
     write_fits(model, fits)
     first = next(iter(fits.values()))
     unknowns = max(fit.unknowns for fit in fits.values())
-    reports = tuple(fit.report for fit in fits.values())
-    report = CalibrationReport(spec_of(model), first.count, reports, unknowns, lengths_of(fits.values()))
-    if report.too_few_rows:
-        warnings.warn(report.too_few_rows, stacklevel=3)  # of `calibrate`, and of torch's decorator around it
+    clamp = all(child.config.clamp for _, child in patched_layers(model))
+    layers = tuple(fit.report for fit in fits.values())
+    report = CalibrationReport(spec_of(model), first.count, layers, unknowns, lengths_of(fits.values()), clamp)
+    for said in (report.too_few_rows, report.needs_clamp):
+        if said:
+            warnings.warn(said, stacklevel=3)  # of `calibrate`, and of torch's decorator around it
     return report
 
 

@@ -162,6 +162,7 @@ class _LayerSums:
             below=tuple((self.below / self.scores).tolist()) if outside else None,
             above=tuple((self.above / self.scores).tolist()) if outside else None,
             non_finite=tuple(int(count) for count in self.non_finite.tolist()),
+            clamp=self.layer.config.clamp is not False or not outside,
         )
 
 

@@ -25,6 +25,7 @@ class LayerDiagnosis:
         below, above: shares of the visible scores below and above the interval; None where there is none. Many
             below are as it should be, since softmax is almost nil there; few should be above.
         non_finite: how many visible scores, or weights p(t)^s, float32 cannot hold.
+        clamp: whether t is limited to the interval.
     """
 
     path: str
@@ -37,6 +38,14 @@ class LayerDiagnosis:
     below: tuple[float, ...] | None
     above: tuple[float, ...] | None
     non_finite: tuple[int, ...]
+    clamp: bool = True
+
+    @property
+    def far(self) -> float:
+        """How far scores go outside an interval that nothing holds them to, radii, of the worst head; 0 if clamped."""
+        if self.clamp or self.below is None:
+            return 0.0
+        return max(0.0, *(max(-low, high) - 1.0 for low, high in self.score_range))
 
     @property
     def bound(self) -> float:
@@ -70,6 +79,9 @@ class Diagnosis:
     ABOVE = 0.01
     #: Outputs that agree less with softmax's are said not to be softmax's.
     AGREES = 0.9
+    #: Without a clamp a score that is so many radii outside of the calibrated scores is said to be far: a polynomial of
+    #: degree P is up to T_P(1 + FAR) times its largest value there, 3 times for a cubic.
+    FAR = 0.16
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the diagnosis as JSON types; None for a norm that is not finite."""
@@ -89,6 +101,11 @@ class Diagnosis:
                 layer.path for layer in self.layers if self._is_unlike(layer)
             ],
         }
+        farthest = max(layer.far for layer in self.layers)
+        found[
+            f"nothing clamps the scores, and they go up to {farthest:.2f} radii beyond those of the calibration "
+            "({}): calibrate on data like this, or with a clamp"
+        ] = [layer.path for layer in self.layers if layer.far > self.FAR]
         said = [
             text.format("every layer" if len(paths) == len(self.layers) > 1 else ", ".join(paths))
             for text, paths in found.items()

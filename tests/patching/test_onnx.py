@@ -19,6 +19,7 @@ from hf_polyattn.patching.patched import patched_layers
 
 AUTO_CLASS = {"minilm": "AutoModel", "vit": "AutoModelForImageClassification", "gpt2-zinc": "AutoModelForCausalLM"}
 DYNAMIC_AXES = {"input_ids": (0, 1), "attention_mask": (0, 1), "pixel_values": (0,)}  # batch and length
+FREE = " clamp-free"
 SOFTMAX = {"Exp", "Softmax", "LogSoftmax", "ReduceLogSumExp", "ReduceMax"}
 
 
@@ -38,8 +39,10 @@ def exported(pretrained: Any, batch: Any, tmp_path_factory: pytest.TempPathFacto
         if (name, spec, layers) not in made:
             model = pretrained(name, AUTO_CLASS[name], num_hidden_layers=layers)
             if spec != "softmax":
-                hp.patch_model(model, spec)
-                shift: Any = {"row_shift": "moments", "squares": 4} if "~" in spec else {}
+                clamp = False if spec.endswith(FREE) else None
+                hp.patch_model(model, hp.PolyAttentionConfig(spec.removesuffix(FREE), clamp=clamp))
+                moments = "~" in spec or spec.endswith(FREE)
+                shift: Any = {"row_shift": "moments", "squares": 4} if moments else {}
                 hp.calibrate(model, [batch(name, 5, 32)], progress=False, **shift)
             path = tmp_path_factory.mktemp("onnx") / "model.onnx"
             to_onnx(model, batch(name), path)
@@ -90,6 +93,7 @@ CASES = {
     "vit-poly6-l1": ("vit", "poly6-l1", 2),
     "gpt2-zinc-poly3": ("gpt2-zinc", "poly3", 1),
     "minilm-poly3~1": ("minilm", "poly3~1", 2),
+    "minilm-poly3-clamp-free": ("minilm", f"poly3{FREE}", 2),
     "gpt2-zinc-poly3~1": ("gpt2-zinc", "poly3~1", 1),
 }
 
@@ -127,7 +131,10 @@ def decided_by_data(graph: Any) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("case", "divisions"), [("minilm-poly3", 0), ("minilm-poly3~1", 0), ("minilm-poly3^16-l1", 2)])
+@pytest.mark.parametrize(
+    ("case", "divisions"),
+    [("minilm-poly3", 0), ("minilm-poly3~1", 0), ("minilm-poly3-clamp-free", 0), ("minilm-poly3^16-l1", 2)],
+)
 def test_only_row_sums_divide_by_data(case: str, divisions: int, exported: Any) -> None:
     """Beside them there are the radius, a constant, and n^(-1/2), which a model computes once."""
     graph = onnx.load(exported(*CASES[case])[1]).graph
@@ -135,8 +142,51 @@ def test_only_row_sums_divide_by_data(case: str, divisions: int, exported: Any) 
     divide = [node for node in graph.node if node.op_type in ("Div", "Reciprocal", "Sqrt", "Pow")]
     by_data = [node.op_type for node in divide if node.input[-1] in decided]
     assert by_data == ["Div"] * divisions
-    if "~" not in case:  # whose moments have powers of their own
+    if "~" not in case and FREE not in CASES[case][1]:  # whose moments have powers of their own
         assert sum(node.op_type == "Pow" for node in divide) == (case == "minilm-poly3")
+
+
+COMPARING = {"Clip", "Max", "Min", "ReduceMax", "ReduceMin", "Relu", "Abs", "Sign", "Greater", "Less", "IsNaN"}
+COMPARING |= {"GreaterOrEqual", "LessOrEqual", "Equal", "Exp", "Log", "Softmax", "Where"}
+
+
+def attention_nodes(graph: Any) -> list[Any]:
+    """Returns the nodes before the first dense layer behind the attention, whose GELU compares: those of one layer."""
+    last = next(number for number, node in enumerate(graph.node) if node.op_type in ("Gelu", "Erf"))
+    return list(graph.node)[:last]
+
+
+def compared(graph: Any) -> set[str]:
+    """Returns the operators that compare, or choose by, what data decide."""
+    decided = decided_by_data(graph)
+    return {
+        node.op_type
+        for node in attention_nodes(graph)
+        # of a Where what chooses, of a Clip what is limited
+        if node.op_type in COMPARING and decided & set(node.input[:1] if node.op_type == "Where" else node.input)
+    }
+
+
+def test_without_a_clamp_nothing_looks_at_the_scores(exported: Any) -> None:
+    """With a mask in the graph there are comparisons of lengths, and n is at least 1; of data there are none."""
+    graph = onnx.load(exported(*CASES["minilm-poly3-clamp-free"])[1]).graph
+    assert compared(graph) == set()
+    assert "Clip" in compared(onnx.load(exported(*CASES["minilm-poly3"])[1]).graph)
+    assert "Softmax" in compared(onnx.load(exported("minilm", "softmax", 1)[1]).graph)
+
+
+def test_without_a_clamp_and_without_a_mask_nothing_compares(pretrained: Any, batch: Any, tmp_path: Path) -> None:
+    found = {}
+    tokens = {"input_ids": batch("minilm")["input_ids"][:1]}
+    for clamp in (False, None):
+        model = hp.patch_model(pretrained("minilm", num_hidden_layers=1), hp.PolyAttentionConfig("poly3", clamp=clamp))
+        hp.calibrate(model, [batch("minilm", 5, 32)], row_shift="moments", progress=False)
+        path = tmp_path / f"{clamp}.onnx"
+        torch.onnx.export(model, (), path, kwargs=tokens, dynamo=True, external_data=False, verbose=False)
+        assert difference(run(path, tokens), output(model, tokens)) < 1e-5
+        found[clamp] = set(node_counts(path)) & (COMPARING - {"Where"})
+    assert found[False] == set()
+    assert found[None] == {"Clip"}
 
 
 def test_torch_export_is_plain_aten(exported: Any, batch: Any) -> None:

@@ -135,8 +135,11 @@ class PowerFit:
     def __init__(self, config: PolyAttentionConfig, intervals: Intervals) -> None:
         self.config, self.intervals = config, intervals
         spec = config.spec
-        fitted = [exponential_fit(spec.degree, width / spec.power) for width in intervals.widths[:, 0].tolist()]
-        self.coefficients = torch.stack(fitted).to(intervals.tops)[:, None].expand(-1, intervals.tops.shape[1], -1)
+        below = torch.zeros_like(intervals.widths) if intervals.below is None else intervals.below
+        sizes = torch.stack([intervals.widths, below], -1).flatten(0, 1) / spec.power
+        different, which = torch.unique(sizes, dim=0, return_inverse=True)  # with a clamp heads share their widths
+        fitted = torch.stack([exponential_fit(spec.degree, *size) for size in different.tolist()])
+        self.coefficients = fitted.to(intervals.tops)[which].reshape(*intervals.tops.shape, -1)
 
     def passes(self) -> Iterator[tuple[str, See]]:
         """Yields one pass, which measures."""

