@@ -97,7 +97,15 @@ def main() -> None:
 
 
 def load_model(source: str, dtype: str) -> PreTrainedModel:
-    return AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype)
+    """Returns a checkpoint's model, whose fixed position embeddings stay fixed.
+
+    Transformers loads Marian's sinusoids as if they were to be trained, and leaves them out when it saves.
+    """
+    model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype)
+    for name in model._keys_to_ignore_on_save or ():
+        if name in dict(model.named_parameters()):
+            model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def check(config: PreTrainedConfig, arguments: FinetuningArguments, data: PairArguments) -> None:

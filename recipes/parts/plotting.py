@@ -61,3 +61,39 @@ def plot_curves(arms: Mapping[str, Sequence[tuple[int, float]]], measure: str, p
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
     plt.close(figure)
+
+
+def plot_norms(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
+    """Draws the norms of attention, of its Jacobian and of the gradient against the steps, as a PNG.
+
+    Lines are means over the seeds, bands reach from the lowest to the highest; the bounds of Theorem 4.1 of arXiv
+    2410.18613 for softmax are dashed.
+
+    Args:
+        arms: title -> for each seed, what `scratch_card.followed` returns, as far as all seeds came.
+        path: of the PNG file.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    panels = {
+        "attention_norm": ("‖A‖_F / √N, largest layer and head", 1.0),
+        "jacobian_norm": ("‖∇A‖_F / √N, largest layer and head", 2.0),
+        "grad_norm": ("norm of the gradient of all weights", None),
+    }
+    for axis, (name, (title, bound)) in zip(axes, panels.items(), strict=True):
+        for label, seeds in arms.items():
+            points = list(zip(*seeds, strict=False))
+            steps = [point[0]["step"] for point in points]
+            values = [[seed[name] for seed in point] for point in points]
+            (line,) = axis.plot(steps, [sum(v) / len(v) for v in values], label=label.replace("`", ""))
+            axis.fill_between(
+                steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2
+            )
+        if bound is not None:
+            axis.axhline(bound, color="black", linestyle="--", linewidth=1, label="bound of Theorem 4.1 for softmax")
+        axis.set_yscale("log")
+        axis.set_xlabel("training steps")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    plt.close(figure)

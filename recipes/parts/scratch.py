@@ -38,7 +38,7 @@ def read_config(arguments: FinetuningArguments) -> PreTrainedConfig:
     if not given:
         return config
     try:
-        return type(config).from_dict({**config.to_dict(), **given})
+        return type(config).from_dict({**config.to_diff_dict(), **given})
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise InputError(
             f"--config_overrides {' '.join(arguments.config_overrides)} makes no config: {error}"
