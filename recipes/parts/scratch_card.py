@@ -38,7 +38,7 @@ def diverged(run: Mapping[str, Any]) -> bool:
     """Returns whether a run met a number that is not finite, or ended with a larger loss than it began with."""
     (arm,) = run["arms"].values()
     points = arm["followed"]
-    return arm["diverged"] is not None or points[-1]["loss"] > points[0]["loss"]
+    return bool(arm["diverged"] is not None or points[-1]["loss"] > points[0]["loss"])
 
 
 def scratch_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -111,8 +111,9 @@ def claim(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
                 f" ± {(value['highest'] - value['lowest']) / 2:.4f}" if value["seeds"] > 1 else ""
             )
             against = "" if arm == reference or softmax is None else change(value["mean"], softmax["mean"], unit)
-        ends = [next(iter(run["arms"].values()))["followed"][-1] for run in runs]
-        norms = [f"{fmean(end[norm] for end in ends):.3g}" for norm in NORMS]
+        logs = [next(iter(run["arms"].values()))["followed"] for run in runs]
+        ends = [log[-1] for log in logs if log]
+        norms = [f"{fmean(end[norm] for end in ends):.3g}" if ends else "–" for norm in NORMS]
         lost = f"{sum(map(diverged, runs))} of {len(runs)}"
         rate = f"{data['learning_rates'][arm]:g}"
         rows.append([row["arms"][arm]["title"], quality, against, rate, *norms, lost])

@@ -42,10 +42,11 @@ def pictures(checkpoint: Callable[[str], Path], shared: Callable[[str], Path]) -
 
 def test_every_arm_starts_from_the_same_new_weights_and_trains(run: Run, stories_of: str, tmp_path: Path) -> None:
     words = [*stories_of.split(), "--spec", "softmax", "poly3", "poly4-l1", "--save_strategy", "no", "--norms"]
-    start = run("causal_lm", tmp_path / "start", *words, "--max_steps", "0")["arms"]
+    before = [*stories_of.split(), "--save_strategy", "no", "--max_steps", "0", "--spec"]
+    start = run("causal_lm", tmp_path / "start", *before, "softmax", "poly4-l1")["arms"]
     weights = [load_file(tmp_path / f"start/{spec}/model/model.safetensors") for spec in start]
     assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in weights[0])
-    other = run("causal_lm", tmp_path / "other", *words, "--max_steps", "0", "--seed", "1")["arms"]
+    other = run("causal_lm", tmp_path / "other", *before, "softmax", "--seed", "1")["arms"]
     assert other["softmax"]["stages"]["finetuned"] != start["softmax"]["stages"]["finetuned"]
 
     results = run("causal_lm", tmp_path / "run", *words, "--max_steps", "6", "--learnable", "false")

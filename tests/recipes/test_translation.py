@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,32 +116,26 @@ GOOD = {"en": ["a man", "a dog"] * 4, "de": ["ein Mann", "ein Hund"] * 4}
 
 
 def test_sides_may_lie_in_two_files_of_lines_and_in_nested_columns(run: Run, tmp_path: Path) -> None:
-    files = []
-    for split, count in (("train", 8), ("held", 2)):
-        for side in ("en", "de"):
-            file = tmp_path / f"{split}-{side}.txt"
+    recipe = importlib.import_module("translation")
+    files = {}
+    for split, count in (("", 8), ("eval_", 2)):
+        for name, side in (("dataset", "en"), ("target_dataset", "de")):
+            files[name.replace("dataset", f"{split}dataset")] = file = tmp_path / f"{split}{side}.txt"
             file.write_text("\n".join(GOOD[side][:count]) + "\n")
-            files.append(file)
-    words = f"--from_scratch --model marian --config_overrides {MARIAN} --max_steps 1 --spec softmax --max_length 12 "
-    words += "--source_column {} --target_column {} --eval_split train --logging_steps 1 --save_strategy no"
-    lines = "--dataset {} --target_dataset {} --eval_dataset {} --target_eval_dataset {}".format(*files)
-    found = []
-    run(
-        "translation",
-        tmp_path / "lines",
-        *f"{words.format('text', 'text')} {lines}".replace("train --logging", "validation --logging").split(),
+    lines = {name: str(file) for name, file in files.items()}
+    lines = recipe.PairArguments(source_column="text", target_column="text", **lines)
+    pairs = [{"en": source, "de": target} for source, target in zip(*GOOD.values(), strict=True)]
+    nested = recipe.PairArguments(
+        dataset=rows(tmp_path / "nested.parquet", translation=pairs),
+        eval_dataset=rows(tmp_path / "held.parquet", translation=pairs[:2]),
+        source_column="translation.en",
+        target_column="translation.de",
     )
-    nested = rows(
-        tmp_path / "nested.parquet", translation=[{"en": a, "de": b} for a, b in zip(*GOOD.values(), strict=True)]
-    )
-    held = rows(
-        tmp_path / "held.parquet", translation=[{"en": a, "de": b} for a, b in zip(*GOOD.values(), strict=True)][:2]
-    )
-    words = words.format("translation.en", "translation.de").replace("--eval_split train", "--eval_split validation")
-    run("translation", tmp_path / "nested", *f"{words} --dataset {nested} --eval_dataset {held}".split())
-    for name in ("lines", "nested"):
-        found.append(json.loads((tmp_path / name / "all_results.json").read_text())["arms"]["softmax"]["stages"])
-    assert found[0] == found[1]  # the same pairs
+    for data in (lines, nested):
+        train, held_out = recipe.read_pairs(data)
+        for found, count in ((train, 8), (held_out, 2)):
+            assert found[data.source_column][:] == GOOD["en"][:count]
+            assert found[data.target_column][:] == GOOD["de"][:count]
 
 
 @pytest.mark.parametrize(
