@@ -42,7 +42,8 @@ def circumstances(
 def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Returns the table of all stages of all arms, with what its stages and columns mean."""
     first = next(iter(columns))
-    meanings = {**STAGES, **columns}
+    seen = {stage for arm in results["arms"].values() for stage in arm["stages"]}
+    meanings = {**{stage: meaning for stage, meaning in STAGES.items() if stage in seen}, **columns}
     control = results["arms"].get(CONTROL)
     if control is not None and "finetuned" in control["stages"]:
         meanings["vs_control"] = f"{first} minus that of the fine-tuned softmax model, under the same budget"

@@ -124,8 +124,10 @@ class Arms:
             set_seed(arguments.seed)
             model = add_adapters(model, arguments, task.new_modules)
         trainer = self.trainer(model, arguments)
-        with timed(seconds, "finetune"):
-            diverged = self.train(trainer, folder)
+        diverged = None
+        if arguments.max_steps != 0:
+            with timed(seconds, "finetune"):
+                diverged = self.train(trainer, folder)
 
         result: dict[str, Any] = {"stages": stages}
         if diverged is None:
@@ -154,7 +156,7 @@ class Arms:
     def trainer(self, model: Any, arguments: FinetuningArguments) -> PolyAttentionTrainer:
         """Returns the trainer of an arm, which logs the norms of attention if they are asked for."""
         task, callbacks = self.task, []
-        if arguments.norms:
+        if arguments.norms and arguments.max_steps != 0:
             callbacks.append(MonitorCallback(Monitor(model, every=int(arguments.logging_steps), norms=True)))
         return PolyAttentionTrainer(
             model=model,
@@ -171,8 +173,6 @@ class Arms:
 
     def train(self, trainer: PolyAttentionTrainer, folder: Path) -> str | None:
         """Trains an arm; returns how it diverged, if it is from scratch and did."""
-        if self.arguments.max_steps == 0:
-            return None
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(folder) if self.arguments.resume else None)
         except (FinetuningError, DivergenceError) as error:
