@@ -17,7 +17,7 @@ def with_budget(row: Mapping[str, Any], reduced: bool) -> dict[str, Any]:
     row = dict(row)
     smaller = row["reduced"] if reduced else {}
     changes = {"words": {**row["words"], **smaller.get("words", {})}}
-    changes |= {name: smaller[name] for name in ("budget", "seeds") if name in smaller}
+    changes |= {name: smaller[name] for name in ("budget", "seeds", "remarks") if name in smaller}
     changes["grid"] = {**row["grid"], **smaller.get("grid", {})}
     arms = {arm: row["arms"][arm] for arm in smaller.get("arms", row["arms"])}
     own_words = smaller.get("arm_words", {})

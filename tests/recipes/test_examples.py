@@ -36,7 +36,7 @@ OWN = {
     "image_classification": "--image_size 32",
     "causal_lm": "--block_size 64",
     "sentence_embedding": "--max_length 16",
-    "translation": "--max_length 12 --num_beams 2",
+    "translation": "--max_length 12 --num_beams 2 --measure last",
 }
 
 
