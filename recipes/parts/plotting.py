@@ -73,7 +73,7 @@ def plot_norms(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path
         arms: title -> for each seed, what `scratch_card.followed` returns, as far as all seeds came.
         path: of the PNG file.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.8), layout="constrained")
     panels = {
         "attention_norm": ("‖A‖_F / √N, largest layer and head", 1.0),
         "jacobian_norm": ("‖∇A‖_F / √N, largest layer and head", 2.0),
@@ -94,6 +94,6 @@ def plot_norms(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path
         axis.set_xlabel("training steps")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
