@@ -3,28 +3,30 @@
     accelerate launch recipes/causal_lm.py --model openai-community/gpt2 --dataset Salesforce/wikitext \
         --dataset_config wikitext-2-raw-v1 --spec softmax poly6-l1 --max_steps 500 --output_dir outputs/gpt2
 
-GPT-2, Llama and other models of `AutoModelForCausalLM`. All weights are trained, or with --lora_rank adapters and the
-polynomials. Documents are packed into blocks, or with --pack false each is an example.
+GPT-2, Llama and other models of `AutoModelForCausalLM`; with --from_scratch their config alone, and new weights. All
+weights are trained, or with --lora_rank adapters and the polynomials. Documents are packed into blocks, or with --pack
+false each is an example.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_polyattn import InputError
 from parts.arguments import FinetuningArguments
 from parts.finetuning import finetune
 from parts.runs import errors_in_a_line, read_arguments
+from parts.scratch import TOKENIZER_ROWS, maker, read_config, tokenizer_of
 from parts.sources import DataArguments, Rows, read_rows
 from parts.task import Task
 
@@ -43,6 +45,9 @@ class TextArguments(DataArguments):
     block_size: int | None = dataclasses.field(
         default=None, metadata={"help": "tokens in a block, or in a document at most; default: the context, or 1024"}
     )
+    other_block_sizes: list[int] = dataclasses.field(
+        default_factory=list, metadata={"help": "lengths of blocks on which the trained model is measured, too"}
+    )
     truncate: bool = dataclasses.field(
         default=False, metadata={"help": "with --pack false: cut documents that are longer"}
     )
@@ -50,31 +55,33 @@ class TextArguments(DataArguments):
 
 def main() -> None:
     arguments, data = read_arguments((FinetuningArguments, TextArguments))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    block_size = check_block_size(arguments.model, data.block_size)
+    config = read_config(arguments)
+    block_size, *others = check_block_sizes(arguments.model, config, [data.block_size, *data.other_block_sizes])
+    if others and not data.pack:
+        raise InputError("--other_block_sizes are of packed blocks; they do not go with --pack false")
     arguments.include_num_input_tokens_seen = "all" if data.pack else "non_padding"
 
     # Data: documents become token ids, and these examples.
     with arguments.main_process_first(desc="data"):
         train, held_out = read_rows(data, [data.text_column], streaming=data.streaming)
-        if data.pack:
-            make = partial(blocks, tokenizer=tokenizer, column=data.text_column, size=block_size)
-        else:
-            longest = (block_size, data.truncate)
-            make = partial(documents, tokenizer=tokenizer, column=data.text_column, longest=longest)
-        train, held_out = (
-            rows.map(make, batched=True, batch_size=1000, remove_columns=[data.text_column])
-            for rows in (train, held_out)
-        )
-    require_examples(train, held_out, block_size)
+        texts = (row[data.text_column] for row in islice(train, TOKENIZER_ROWS))
+        tokenizer = tokenizer_of(arguments, config, texts)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        column, make = data.text_column, partial(blocks, tokenizer=tokenizer, column=data.text_column)
+        examples = partial(make, size=block_size)
+        if not data.pack:
+            examples = partial(documents, tokenizer=tokenizer, column=column, longest=(block_size, data.truncate))
+        others = {str(size): in_examples(held_out, partial(make, size=size), column) for size in others}
+        train, held_out = (in_examples(rows, examples, column) for rows in (train, held_out))
+    require_examples({"training": train, "held-out": held_out, **others}, block_size)
 
     # Softmax baseline, patch, calibrate, anneal, fine-tune, evaluate, save, push.
     finetune(
         Task(
             data={**dataclasses.asdict(data), "block_size": block_size, "held_out_examples": len(held_out)},
             load_model=load_model,
+            make_model=maker(AutoModelForCausalLM, config, arguments),
             processor=tokenizer,
             train=train,
             held_out=held_out,
@@ -86,6 +93,7 @@ def main() -> None:
                 "perplexity": "its exponential",
             },
             unit="tokens",
+            other_held_out=others,
         ),
         arguments,
     )
@@ -95,18 +103,23 @@ def load_model(source: str, dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
 
 
-def check_block_size(model: str, size: int | None) -> int:
-    """Returns the longest example in tokens.
+def check_block_sizes(model: str, config: PreTrainedConfig, sizes: list[int | None]) -> list[int]:
+    """Returns how long examples are at most, in tokens.
 
     Raises:
-        InputError: it is longer than the model's context.
+        InputError: longer than the model's context.
     """
-    context = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
-    if size is None:
-        return min(1024, context or 1024)
-    if not 2 <= size <= (context or size):
-        raise InputError(f"--block_size {size} does not fit the context of {model}; set 2 to {context} tokens")
-    return size
+    context = getattr(config, "max_position_embeddings", None)
+    found = [min(1024, context or 1024) if size is None else size for size in sizes]
+    for size in found:
+        if not 2 <= size <= (context or size):
+            raise InputError(f"--block_size {size} does not fit the context of {model}; set 2 to {context} tokens")
+    return found
+
+
+def in_examples(rows: Rows, make: Callable[..., dict[str, list[Any]]], column: str) -> Rows:
+    """Returns the examples that documents make."""
+    return rows.map(make, batched=True, batch_size=1000, remove_columns=[column])
 
 
 def token_ids(texts: list[str | None], tokenizer: Any, *, start: bool, end: bool) -> Iterator[list[int]]:
@@ -144,11 +157,13 @@ def documents(
     return {"input_ids": [ids[:size] for ids in examples]}
 
 
-def require_examples(train: Rows, held_out: Rows, block_size: int) -> None:
+def require_examples(found: Mapping[str, Rows], block_size: int) -> None:
     """Raises InputError if there is nothing to train or to measure on."""
-    for name, rows in (("training", train), ("held-out", held_out)):
+    for name, rows in found.items():
         if hasattr(rows, "__len__") and len(rows) == 0:
-            raise InputError(f"the {name} text is empty, or has less than one block of {block_size} tokens")
+            size = name if name.isdigit() else block_size
+            name = "held-out" if name.isdigit() else name
+            raise InputError(f"the {name} text is empty, or has less than one block of {size} tokens")
 
 
 def collate(examples: list[dict[str, Any]], *, padding: int, padded: bool) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@
         --image_column img --eval_split test --spec softmax poly6-l1 --num_train_epochs 1 --output_dir outputs/cifar10
 
 ViT and other models of `AutoModelForImageClassification`; a head for other labels is replaced by a new one. All weights
-are trained, or with --lora_rank adapters, the polynomials and a new head. Images are mirrored at random.
+are trained, or with --lora_rank adapters, the polynomials and a new head; with --from_scratch a model of the config has
+new ones. Images are mirrored at random.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from typing import Any
 
 import torch
 from datasets import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from hf_polyattn import InputError
 from parts.arguments import FinetuningArguments
-from parts.classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
+from parts.classification import COLUMNS, classifier_loader, labelled, load_metrics, new_modules, predict, scorer
 from parts.finetuning import finetune
 from parts.runs import errors_in_a_line, read_arguments
+from parts.scratch import is_model_type, maker, read_config
 from parts.sources import DataArguments, label_index, label_names, read_rows
 from parts.task import Task
+
+CHANNELS = 3  # of an image: red, green, blue
 
 
 @dataclasses.dataclass
@@ -38,7 +44,10 @@ class ImageArguments(DataArguments):
     image_size: int | None = dataclasses.field(
         default=None, metadata={"help": "height and width in pixels; default: the checkpoint's"}
     )
-    augment: bool = dataclasses.field(default=True, metadata={"help": "mirror each image at random"})
+    augment: bool = dataclasses.field(default=True, metadata={"help": "mirror each image at random, and crop it"})
+    crop_padding: int = dataclasses.field(
+        default=0, metadata={"help": "border in pixels, with which an image is cropped to its size at random; 0: none"}
+    )
     metrics: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "of the evaluate library, beside accuracy and macro_f1"}
     )
@@ -46,9 +55,8 @@ class ImageArguments(DataArguments):
 
 def main() -> None:
     arguments, data = read_arguments((FinetuningArguments, ImageArguments))
-    size = {} if data.image_size is None else {"height": data.image_size, "width": data.image_size}
-    sizes = {"size": size, "crop_size": size} if size else {}
-    processor = AutoImageProcessor.from_pretrained(arguments.model, **sizes)
+    config = read_config(arguments)
+    processor = read_processor(arguments, config, data.image_size)
 
     # Data: images become pixels when they are needed, labels whole numbers.
     columns = [data.image_column, data.label_column]
@@ -67,28 +75,55 @@ def main() -> None:
         Task(
             data={**dataclasses.asdict(data), "labels": names, "held_out_examples": len(held_out)},
             load_model=classifier_loader(AutoModelForImageClassification, names),
+            make_model=maker(AutoModelForImageClassification, labelled(config, names, arguments), arguments),
             processor=processor,
             train=train,
             held_out=held_out,
-            collate=partial(collate, options=size_options(arguments.model, data.image_size)),
+            collate=partial(collate, options=size_options(config, data.image_size)),
             predict=predict,
             score=scorer(load_metrics(data.metrics)),
             columns=COLUMNS,
             unit="images",
-            new_modules=new_modules(AutoModelForImageClassification, arguments.model, names),
-            augment=mirror if data.augment else None,
+            new_modules=()
+            if arguments.from_scratch
+            else new_modules(AutoModelForImageClassification, arguments.model, names),
+            augment=partial(augment, crop_padding=data.crop_padding) if data.augment else None,
         ),
         arguments,
     )
 
 
-def size_options(model: str, size: int | None) -> dict[str, bool]:
+def read_processor(arguments: FinetuningArguments, config: PreTrainedConfig, size: int | None) -> Any:
+    """Returns the processor of --model, which makes images of `size` pixels; from scratch, of the config's size.
+
+    A bare model type has a processor with the mean and the standard deviation of its class.
+
+    Raises:
+        InputError: from scratch, a config that does not fit the images.
+    """
+    if arguments.from_scratch:
+        size = config.image_size = size or config.image_size
+        if config.num_channels != CHANNELS:
+            raise InputError(
+                f"the config is of {config.num_channels} channels, and images have {CHANNELS}; leave it out"
+            )
+        if size % config.patch_size:
+            raise InputError(
+                f"images of {size} pixels have no patches of {config.patch_size}; set patch_size or --image_size"
+            )
+    square = {"height": size, "width": size}
+    sizes = {} if size is None else {"size": square, "crop_size": square}
+    if arguments.from_scratch and is_model_type(arguments.model):
+        return IMAGE_PROCESSOR_MAPPING[type(config)]["pil"](**sizes)
+    return AutoImageProcessor.from_pretrained(arguments.model, **sizes)
+
+
+def size_options(config: PreTrainedConfig, size: int | None) -> dict[str, bool]:
     """Returns what the model must be told of images of another size than its checkpoint's.
 
     Raises:
         InputError: it takes no other size.
     """
-    config = AutoConfig.from_pretrained(model)
     if size is None or size == config.image_size:
         return {}
     kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
@@ -110,6 +145,21 @@ def collate(examples: list[dict[str, Any]], *, options: dict[str, bool]) -> dict
     """Returns a batch of pixels, (images, channels, height, width), and labels."""
     pixels = torch.stack([example["pixel_values"] for example in examples])
     return {"pixel_values": pixels, "labels": torch.tensor([example["labels"] for example in examples]), **options}
+
+
+def augment(batch: dict[str, Any], *, crop_padding: int) -> dict[str, Any]:
+    """Returns the batch with each image mirrored by the toss of a coin, and cut out of one with a border at random."""
+    batch = mirror(batch)
+    if crop_padding == 0:
+        return batch
+    pixels = batch["pixel_values"]
+    images, _, height, width = pixels.shape
+    bordered = F.pad(pixels, (crop_padding,) * 4)
+    top, left = (torch.randint(2 * crop_padding + 1, (images, 1), device=pixels.device) for _ in range(2))
+    rows, columns = (start + torch.arange(size, device=pixels.device) for start, size in ((top, height), (left, width)))
+    picture = torch.arange(images, device=pixels.device)[:, None, None]
+    cut = bordered.movedim(1, -1)[picture, rows[:, :, None], columns[:, None, :]]
+    return {**batch, "pixel_values": cut.movedim(-1, 1).contiguous()}
 
 
 def mirror(batch: dict[str, Any]) -> dict[str, Any]:

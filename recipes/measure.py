@@ -1,6 +1,7 @@
-"""Measures a converted checkpoint for its card: every arm with every seed, beside the softmax control.
+"""Measures the arms of a row for its card: every arm with every seed, beside the softmax control.
 
     python recipes/measure.py llama-stories260K --checkpoints ../shared/checkpoints --datasets ../shared/datasets
+    python recipes/measure.py from-scratch-vit --reduced --checkpoints <folder> --datasets <folder>
 
 Rows are in configs/measurements.yaml. Arms that a killed run had finished are not run again. Written are
 model_cards/<row>.json and the card, model_cards/<row>.md; --card-only writes the card again, from the JSON.
@@ -21,9 +22,12 @@ from typing import Any
 
 import yaml
 
-from parts.plotting import plot_curves
-from parts.row_card import CONTROL, START, card, untrained
+from parts.grid import AT, arms_of_grid, as_table, chosen, with_budget
+from parts.plotting import plot_curves, plot_norms
+from parts.row_card import CONTROL, START, untrained
+from parts.row_card import card as row_card
 from parts.runs import write_beside
+from parts.scratch_card import followed, scratch_card
 
 RECIPES = Path(__file__).resolve().parent
 CARDS = RECIPES.parent / "model_cards"
@@ -38,18 +42,26 @@ def main() -> None:
     parser.add_argument("row", choices=rows)
     parser.add_argument("--checkpoints", type=Path, help="folder of the checkpoints")
     parser.add_argument("--datasets", type=Path, help="folder of the data sets")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the row's, or 0 1 2")
+    parser.add_argument("--reduced", action="store_true", help="the smaller budget of a row from scratch")
     parser.add_argument("--arms", nargs="+", help="only these; the card is written when none is missing")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/measurements"), help="folder of the runs")
     parser.add_argument("--card-only", action="store_true", help="run nothing, write the card from the JSON")
     arguments = parser.parse_args()
 
     row = rows[arguments.row]
-    row["arms"] |= arms_of_curve(row)
     if arguments.card_only:
         return write_card(arguments.row, row, json.loads((CARDS / f"{arguments.row}.json").read_text()))
     if arguments.checkpoints is None or arguments.datasets is None:
         parser.error("--checkpoints and --datasets are needed to run the recipe")
+    if arguments.reduced and "reduced" not in row:
+        parser.error(f"{arguments.row} has no reduced budget")
+    measures: dict[str, float | None] = {}
+    if "grid" in row:
+        row = with_budget(row, arguments.reduced)
+        measures = try_learning_rates(row, arguments)
+    row["arms"] |= arms_of_curve(row)
+    arguments.seeds = arguments.seeds or row.get("seeds", [0, 1, 2])
     for arm in arguments.arms or row["arms"]:
         for seed in seeds_of(row["arms"][arm], arguments.seeds):
             run(row, arm, seed, arguments)
@@ -59,7 +71,23 @@ def main() -> None:
     }
     if all((folder / RESULTS).exists() for own in folders.values() for folder in own):
         results = {arm: [json.loads((f / RESULTS).read_text()) for f in own] for arm, own in folders.items()}
+        if "grid" in row:
+            return write_scratch(arguments.row, row, results, measures, "reduced" if arguments.reduced else "full")
         write(arguments.row, row, results)
+
+
+def try_learning_rates(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, float | None]:
+    """Runs the grid of a row from scratch, puts the chosen rates into its arms and returns what was measured."""
+    tried = {**row, "arms": arms_of_grid(row)}
+    wanted = [name for name in tried["arms"] if not arguments.arms or name.split(AT)[0] in arguments.arms]
+    for name in wanted:
+        run(tried, name, row["grid"]["seed"], arguments)
+    files = {name: output(arguments, name, row["grid"]["seed"]) / RESULTS for name in tried["arms"]}
+    results = {name: last_stage(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
+    measures = {name: result.get(row["metric"]) for name, result in results.items()}
+    for arm, rate in chosen(row, measures).items():
+        row["arms"][arm]["words"]["learning_rate"] = rate
+    return measures
 
 
 def seeds_of(arm: Mapping[str, Any], seeds: list[int]) -> list[int]:
@@ -88,6 +116,7 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
         return
     words = {
         "model": checkpoint(row["checkpoint"], arguments.checkpoints),
+        **({"from_scratch": True, "norms": True} if "grid" in row else {}),
         **({"dataset": arguments.datasets / row["dataset"]} if "dataset" in row else {}),
         **row["words"],
         **row["arms"][arm]["words"],
@@ -99,14 +128,15 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
     command = [sys.executable, str(RECIPES / f"{row['recipe']}.py")]
     # softmax models that arms may start from, or learn from
     softmax = {other: output(arguments, other, seed) / "softmax/model" for other in (CONTROL, START)}
-    command += [w for name, value in words.items() for w in (f"--{name}", *str(value).format_map(softmax).split())]
+    places = {"checkpoints": arguments.checkpoints, **softmax}
+    command += [w for name, value in words.items() for w in (f"--{name}", *str(value).format_map(places).split())]
     launch(command)
 
 
 def checkpoint(name: str, folder: Path) -> Path:
     """Returns where a checkpoint is; ends the process if it is in a package that is not installed."""
     if name not in PACKAGES:
-        return folder / name
+        return folder / name if (folder / name).exists() else Path(name)  # or a model type of Transformers
     try:
         return Path(str(files(PACKAGES[name]) / "model"))
     except ModuleNotFoundError:
@@ -138,20 +168,93 @@ def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str
     write_card(name, row, data)
 
 
+def write_scratch(
+    name: str,
+    row: Mapping[str, Any],
+    results: Mapping[str, list[dict[str, Any]]],
+    measures: Mapping[str, float | None],
+    budget: str,
+) -> None:
+    """Writes the JSON and the card of a row from scratch."""
+    metric = row["metric"]
+    runs = {arm: [with_norms(result) for result in own] for arm, own in results.items()}
+    kept = {arm: [measured for run in own if (measured := last_stage(run))] for arm, own in runs.items()}
+    summary = {
+        arm: {name: summarize([one[name] for one in own]) for name in own[0]} if own else {}
+        for arm, own in kept.items()
+    }
+    data = {
+        "row": name,
+        "command": f"python recipes/measure.py {name}" + (" --reduced" if budget == "reduced" else ""),
+        "budget": budget,
+        "learning_rates": {arm: row["arms"][arm]["words"]["learning_rate"] for arm in runs},
+        "grid": as_table(row, measures),
+        "summary": summary,
+        "others": {arm: others for arm, own in runs.items() if (others := mean_of_others(own, metric))},
+        "runs": runs,
+    }
+    content = json.dumps(data, indent=1) + "\n"
+    write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
+    write_card(name, row, data)
+
+
+def with_norms(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the results of a run from scratch as `anonymous` does, with the norms of its worst layer at each step."""
+    arms = {
+        spec: {
+            **{key: arm[key] for key in ("stages", "diverged", "spent", "seconds", "others") if key in arm},
+            "followed": followed(arm["log_history"]),
+        }
+        for spec, arm in result["arms"].items()
+    }
+    return {**anonymous(result), "arms": arms}
+
+
+def mean_of_others(runs: list[dict[str, Any]], metric: str) -> dict[str, float]:
+    """Returns a measure of the trained models on the other examples, by name, mean over the seeds that did not diverge.
+
+    The first name is that of the held-out examples themselves.
+    """
+    arms = [next(iter(run["arms"].values())) for run in runs]
+    found = [arm for arm in arms if "others" in arm]
+    if not found:
+        return {}
+    trained = str(runs[0]["data"].get("block_size", "held-out"))
+    values = {trained: fmean(arm["stages"]["reloaded"][metric] for arm in found)}
+    values |= {name: fmean(arm["others"][name][metric] for arm in found) for name in found[0]["others"]}
+    return values
+
+
+def card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Returns the text of a row's card, from what its JSON holds."""
+    if "grid" not in row:
+        return row_card(name, row, data)
+    row = with_budget(row, data["budget"] == "reduced")
+    for arm, rate in data["learning_rates"].items():
+        row["arms"][arm]["words"]["learning_rate"] = rate
+    return scratch_card(name, row, data)
+
+
 def write_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """Writes the card of a row from what its JSON holds."""
     text = card(name, row, data)
     if "curves" in data:
         titled = {row["arms"][arm]["title"]: points for arm, points in data["curves"].items()}
         write_beside(CARDS / f"{name}.png", lambda path: plot_curves(titled, row["metric"], path))
+    if "grid" in row:
+        followed = {
+            row["arms"][arm]["title"]: [next(iter(run["arms"].values()))["followed"] for run in runs]
+            for arm, runs in data["runs"].items()
+        }
+        write_beside(CARDS / f"{name}.png", lambda path: plot_norms(followed, path))
     write_beside(CARDS / f"{name}.md", lambda path: path.write_text(text))
     print(text)
 
 
 def last_stage(result: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the measures of the model that was saved."""
+    """Returns the measures of the model that was saved; none if it diverged."""
     (arm,) = result["arms"].values()
-    return dict(arm["stages"]["reloaded"])
+    return dict(arm["stages"].get("reloaded", {}))
 
 
 def curve_of(result: Mapping[str, Any], metric: str) -> list[tuple[int, float]]:

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedConfig, PreTrainedModel
 
 from hf_polyattn import InputError
 from parts.arguments import FinetuningArguments
-from parts.classification import COLUMNS, classifier_loader, load_metrics, new_modules, predict, scorer
+from parts.classification import COLUMNS, classifier_loader, labelled, load_metrics, new_modules, predict, scorer
 from parts.finetuning import finetune
 from parts.runs import errors_in_a_line, read_arguments
+from parts.scratch import TOKENIZER_ROWS, maker, read_config, tokenizer_of
 from parts.sources import DataArguments, label_index, label_names, read_rows
 from parts.task import Task
 
@@ -49,9 +45,7 @@ class TextArguments(DataArguments):
 
 def main() -> None:
     arguments, data = read_arguments((FinetuningArguments, TextArguments))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    config = read_config(arguments)
     arguments.include_num_input_tokens_seen = "non_padding"
 
     # Data: texts become token ids, labels whole numbers.
@@ -59,7 +53,11 @@ def main() -> None:
     with arguments.main_process_first(desc="data"):
         train, held_out = read_rows(data, [*texts, data.label_column], streaming=data.streaming)
         names = label_names(train, data.label_column, data.num_labels)
-        max_length = check_length(arguments.model, tokenizer, data.max_length)
+        read = (row[column] for row in islice(train, TOKENIZER_ROWS) for column in texts)
+        tokenizer = tokenizer_of(arguments, config, read)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        max_length = check_length(arguments.model, config, tokenizer, data.max_length)
         encode = partial(
             encode_rows, tokenizer=tokenizer, texts=texts, labels=(data.label_column, names), max_length=max_length
         )
@@ -75,6 +73,7 @@ def main() -> None:
         Task(
             data={**dataclasses.asdict(data), "labels": names, "held_out_examples": len(held_out)},
             load_model=partial(load_padded, load=load, padding=tokenizer.pad_token_id),
+            make_model=maker(AutoModelForSequenceClassification, labelled(config, names, arguments), arguments),
             processor=tokenizer,
             train=train,
             held_out=held_out,
@@ -83,7 +82,9 @@ def main() -> None:
             score=scorer(load_metrics(data.metrics)),
             columns=COLUMNS,
             unit="tokens",
-            new_modules=new_modules(AutoModelForSequenceClassification, arguments.model, names),
+            new_modules=()
+            if arguments.from_scratch
+            else new_modules(AutoModelForSequenceClassification, arguments.model, names),
         ),
         arguments,
     )
@@ -96,13 +97,13 @@ def load_padded(source: str, dtype: str, *, load: Any, padding: int) -> PreTrain
     return model
 
 
-def check_length(model: str, tokenizer: Any, length: int | None) -> int:
+def check_length(model: str, config: PreTrainedConfig, tokenizer: Any, length: int | None) -> int:
     """Returns the longest text in tokens.
 
     Raises:
         InputError: it is longer than the model's context.
     """
-    positions = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     context = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     if length is None:
         return min(512, context)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..errors import DivergenceError, InputError, PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.patched import patched_layers
-from .inspection import interval_scores, scaled_scores, visible_keys
+from .sampling import polynomial_norms, sample_rows, shares_outside
+from .softmax_probe import SoftmaxProbe, Unwatched, softmax_probes
 
-SAMPLED_ENTRIES, SAMPLED_ROWS = 4, 8  # of a batch, whose scores are compared with the interval
 _NEVER = 2**62
 
 
@@ -40,39 +40,52 @@ class Monitor:
         steps: updates so far, as counted by `step`.
 
     Args:
-        model: a patched model, calibrated or not; parameters that require a gradient now are watched in backward.
+        model: a patched model, calibrated or not; with `norms` also a softmax model, or one that is both. Parameters
+            that require a gradient now are watched in backward.
         every: steps between two records of `scalars`.
+        norms: record norms of attention, of softmax layers too.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched; with `norms`, it has no attention whose norms can be watched.
         InputError: `every` is not at least 1.
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 10) -> None:
+    def __init__(self, model: nn.Module, *, every: int = 10, norms: bool = False) -> None:
         if every < 1:
             raise InputError(f"every must be at least 1 step, got {every}")
-        if not is_patched(model):
-            raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+        if not norms and not is_patched(model):
+            raise PatchError(
+                f"{type(model).__name__} is not patched; call patch_model(model, spec) first, or watch its softmax "
+                "with Monitor(model, norms=True)"
+            )
         self.model = model
-        self.every = every
+        self.every, self.norms = every, norms
         self.steps = 0
+        self._softmax: list[SoftmaxProbe] = softmax_probes(model, self.is_due) if norms else []
         layers = patched_layers(model)
         self._probes = [_Probe(self, path, layer, i, len(layers)) for i, (path, layer) in enumerate(layers)]
+        if not self._probes and not self._softmax:
+            raise PatchError(f"{type(model).__name__} has no attention whose norms can be watched")
 
     def step(self) -> None:
         """Counts an update of the weights."""
         self.steps += 1
+
+    def is_due(self, record: dict[str, Tensor]) -> bool:
+        """Returns whether a layer with this last record is to be recorded in the step that is under way."""
+        return not record or (self.steps + 1) % self.every == 0
 
     def scalars(self) -> dict[str, float]:
         """Returns the last record, for a tracker: `polyattn/<what>/<path>` for each layer; empty before the first.
 
         `output_rms` and `output_max`, root mean square and largest magnitude of the attention output;
         `coefficient_max`, of the coefficients; and with an interval `outside`, the share of scores outside it, and
-        `above`, of those beyond its top, estimated on a few query rows. Of this process only.
+        `above`, of those beyond its top. With `norms`, of softmax layers too, `attention_norm` ‖A‖_F/√N and
+        `jacobian_norm` ‖∇A‖_F/√N for N query rows, of the largest head: at most 1 and 2 for softmax (arXiv 2410.18613,
+        Theorem 4.1). Shares and norms are estimated on a few query rows, padding among them. Of this process only.
         """
-        records = {
-            f"polyattn/{name}/{probe.path}": number for probe in self._probes for name, number in probe.record.items()
-        }
+        probes: list[_Probe | SoftmaxProbe] = [*self._probes, *self._softmax]
+        records = {f"polyattn/{name}/{probe.path}": number for probe in probes for name, number in probe.record.items()}
         return dict(zip(records, _stacked(list(records.values())).tolist(), strict=True))
 
     def check(self, *, gradients: bool = True) -> None:
@@ -88,6 +101,8 @@ class Monitor:
                 pass, else the first gradient in the order of the backward pass, else the first layer with such a
                 parameter.
         """
+        if not self._probes:
+            return
         found = _stacked([since for probe in self._probes for since in probe.first(gradients)])
         first = int(_least(found))
         if first == _NEVER:
@@ -129,7 +144,8 @@ class Monitor:
 
     def close(self) -> None:
         """Takes every hook off the model; what was recorded can still be read. Safe to call again."""
-        for probe in self._probes:
+        probes: list[_Probe | SoftmaxProbe] = [*self._probes, *self._softmax]
+        for probe in probes:
             probe.remove()
 
     def __enter__(self) -> Monitor:
@@ -152,7 +168,7 @@ class _Probe:
         self.handles += [parameter.register_hook(self.see_gradient) for parameter in trained]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Unwatched, ()  # a copy of the model is another model
+        return Unwatched, ()  # a copy of the model is another model
 
     def __call__(self, layer: PolyAttention, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Sees one forward pass of the layer, if it is a training's."""
@@ -167,17 +183,26 @@ class _Probe:
         """Sees an output of the layer, and what it was computed from."""
         lowest, highest = output.aminmax()  # of which NaN makes NaN
         self.output_since = self._since(self.output_since, lowest.isfinite() & highest.isfinite(), self.number)
-        if self.record and (self.monitor.steps + 1) % self.monitor.every:
+        if not self.monitor.is_due(self.record):
             return
         self.record = {
             "output_rms": output.float().square().mean().sqrt(),
             "output_max": torch.maximum(-lowest, highest).float(),
             "coefficient_max": layer.coefficients.abs().amax(),
         }
-        if layer.config.interval:
-            query, key = args[:2]
-            with torch.autocast(query.device.type, enabled=False):
-                self.record["outside"], self.record["above"] = _shares_outside(layer, query, key, kwargs)
+        if layer.config.interval or self.monitor.norms:
+            self.see_scores(layer, args, kwargs)
+
+    def see_scores(self, layer: PolyAttention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        """Records what a few rows of scores say."""
+        pattern: dict[str, Any] = {name: kwargs.get(name) for name in ("mask", "ranges", "window", "scaling")}
+        with torch.autocast(args[0].device.type, enabled=False):
+            sample = sample_rows(args[0], args[1], causal=kwargs.get("causal", False), **pattern)
+            if layer.config.interval:
+                self.record["outside"], self.record["above"] = shares_outside(layer, sample)
+            if self.monitor.norms:
+                norms = polynomial_norms(layer, sample)
+                self.record["attention_norm"], self.record["jacobian_norm"] = norms
 
     def see_gradient(self, gradient: Tensor) -> None:
         """Sees the gradient of one parameter."""
@@ -211,37 +236,6 @@ class _Probe:
 
     def _constant(self, number: int) -> Tensor:
         return torch.tensor(number, device=self.layer.coefficients.device)
-
-
-class _Unwatched:
-    """The hook of a copied or unpickled model: does nothing."""
-
-    def __call__(self, *arguments: Any) -> None:
-        """Does nothing."""
-
-
-def _shares_outside(layer: PolyAttention, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Returns which shares of a few rows' visible scores are outside the interval, and above it; 0-dim tensors."""
-    batch, q_len = query.shape[0], query.shape[2]
-    entries = slice(None, None, -(-batch // SAMPLED_ENTRIES))
-    step = -(-q_len // SAMPLED_ROWS)
-    rows = range((step - 1) // 2, q_len, step)
-    parts = {name: kwargs.get(name) for name in ("mask", "ranges")}
-    parts = {name: part if part is None or part.shape[0] == 1 else part[entries] for name, part in parts.items()}
-    visible = visible_keys(
-        rows,
-        key.shape[2],
-        causal=kwargs.get("causal", False),
-        window=kwargs.get("window"),
-        device=query.device,
-        **parts,
-    )
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = query[entries, :, rows.start :: rows.step].float(), key[entries].float()
-    t = interval_scores(layer, query, scaled_scores(query, key, scaling), visible, scaling)
-    count = visible.expand(t.shape).sum().clamp(min=1)
-    return (visible & (t.abs() > 1.0)).sum() / count, (visible & (t > 1.0)).sum() / count
 
 
 def _is_finite(tensor: Tensor) -> Tensor:

@@ -19,6 +19,27 @@ class FinetuningArguments(TrainingArguments):
     """What every recipe can be told, beside what `transformers.TrainingArguments` has."""
 
     model: str = dataclasses.field(default="", metadata={"help": "path or Hub name of the softmax checkpoint"})
+    from_scratch: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "train new weights: --model gives the config only, and may be a model type such as marian. Nothing "
+            "is calibrated; an arm that diverges is written down, and the next one runs"
+        },
+    )
+    config_overrides: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "with --from_scratch: settings of the config, such as n_layer=4"}
+    )
+    tokenizer: str | None = dataclasses.field(
+        default=None, metadata={"help": "path or Hub name; default: the model's, or from scratch a trained one"}
+    )
+    learnable: bool = dataclasses.field(default=True, metadata={"help": "train the polynomials, too"})
+    initial_coefficients: list[float] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "with --adapt none or --from_scratch: of t^0, t^1 …, in place of the bare monomial's"},
+    )
+    norms: bool = dataclasses.field(
+        default=False, metadata={"help": "log the norms of each layer's attention and of its Jacobian, softmax's too"}
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = dataclasses.field(
         default="float32",
         metadata={"help": "of the weights; auto: the checkpoint's. --bf16 keeps them, and computes in it"},
@@ -92,6 +113,11 @@ class FinetuningArguments(TrainingArguments):
         self.accelerator_config.dispatch_batches = False
         if not self.model:
             raise InputError("no --model given: the path or Hub name of a softmax checkpoint")
+        self._check_scratch()
+        if self.norms and self.logging_steps < 1:
+            raise InputError(
+                f"--norms are logged with the loss: set --logging_steps to whole steps, not {self.logging_steps}"
+            )
         if self.load_best_model_at_end:
             raise InputError("--load_best_model_at_end is not supported: arms are compared after the same budget")
         for spec in [*self.spec, *self.anneal, *self.calibrate_only]:
@@ -111,6 +137,19 @@ class FinetuningArguments(TrainingArguments):
                 f"{needed} or more"
             )
 
+    def _check_scratch(self) -> None:
+        """Takes what goes without a checkpoint as said, and refuses what needs one."""
+        if not self.from_scratch:
+            if self.config_overrides or self.tokenizer:
+                raise InputError("--config_overrides and --tokenizer are for --from_scratch; a checkpoint has its own")
+            return
+        needs = {"align_steps", "anneal", "layer_steps", "calibrate_only", "lora_rank"}
+        given = sorted(name for name in needs if getattr(self, name))
+        if given or (self.distill_weight and self.teacher is None):
+            name = given[0] if given else "distill_weight without --teacher"
+            raise InputError(f"--{name} needs a softmax checkpoint; with --from_scratch there is none")
+        self.adapt, self.measure = "none", "last"
+
     def steps_before(self, spec: str) -> int:
         """Returns how many steps of an arm's budget may be spent before its own polynomials train."""
         if spec == CONTROL or spec in self.calibrate_only:
@@ -125,11 +164,12 @@ class FinetuningArguments(TrainingArguments):
         """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
         names = (
             *("model", "dtype", "adapt", "calibrate_only", "calibration_batches"),
+            *("from_scratch", "config_overrides", "tokenizer", "learnable", "initial_coefficients"),
             *("anneal", "anneal_steps", "align_steps", "layer_steps"),
             *("distill_weight", "teacher", "dropout"),
             *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "coefficient_learning_rate"),
             *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
-            *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16"),
+            *("warmup_steps", "weight_decay", "max_grad_norm", "data_seed", "bf16", "fp16", "label_smoothing_factor"),
         )
         return {name: getattr(self, name) for name in names}
 

@@ -10,8 +10,12 @@ import evaluate
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+from hf_polyattn import InputError
+
+from .arguments import FinetuningArguments
 
 logger = logging.get_logger(__name__)
 
@@ -82,6 +86,22 @@ def classifier_loader(auto_class: Any, names: list[str]) -> Callable[..., PreTra
         return auto_class.from_pretrained(source, dtype=dtype, **labels)
 
     return load
+
+
+def labelled(config: PreTrainedConfig, names: list[str], arguments: FinetuningArguments) -> PreTrainedConfig:
+    """Gives a config the labels of the data, in place, and returns it.
+
+    Raises:
+        InputError: --config_overrides ask for another number of labels.
+    """
+    asked = any(words.startswith("num_labels=") for words in arguments.config_overrides)
+    if asked and config.num_labels != len(names):
+        raise InputError(
+            f"--config_overrides num_labels={config.num_labels} does not fit the data, which have {len(names)} labels; "
+            "leave it out"
+        )
+    config.id2label, config.label2id = dict(enumerate(names)), {name: label for label, name in enumerate(names)}
+    return config
 
 
 def new_modules(auto_class: Any, source: str, names: list[str]) -> tuple[str, ...]:

@@ -42,11 +42,12 @@ def circumstances(
 def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Returns the table of all stages of all arms, with what its stages and columns mean."""
     first = next(iter(columns))
-    meanings = {**STAGES, **columns}
+    seen = {stage for arm in results["arms"].values() for stage in arm["stages"]}
+    meanings = {**{stage: meaning for stage, meaning in STAGES.items() if stage in seen}, **columns}
     control = results["arms"].get(CONTROL)
-    if control is not None:
+    if control is not None and "finetuned" in control["stages"]:
         meanings["vs_control"] = f"{first} minus that of the fine-tuned softmax model, under the same budget"
-    if any("latency_ms" in arm["stages"]["finetuned"] for arm in results["arms"].values()):
+    if any("latency_ms" in arm["stages"].get("finetuned", ()) for arm in results["arms"].values()):
         meanings["latency_ms"] = "median time for a small held-out batch in milliseconds, in turns with softmax"
         meanings["vs_softmax"] = "that time divided by the softmax model's; below 1 is faster"
     rows = []
@@ -60,7 +61,8 @@ def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:
             if "latency_ms" in meanings:
                 row += [f"{values['latency_ms']:.1f}", f"{values['latency_ms'] / values['softmax_latency_ms']:.2f}"]
             rows.append(row)
+    lost = [f"{spec} diverged: {arm['diverged']}" for spec, arm in results["arms"].items() if arm.get("diverged")]
     header = ("arm", "stage", "steps", *(name for name in meanings if name not in STAGES))
     width = max(map(len, meanings))
     lines = [f"{name.ljust(width)}  {meaning}" for name, meaning in meanings.items()]
-    return "\n".join(["", format_table(header, rows), "", *lines])
+    return "\n".join(["", format_table(header, rows), "", *lost, *lines])

@@ -5,7 +5,7 @@ from the checkpoint to a saved model:
 
     softmax → patched → (aligned, annealed) calibrated → fine-tuned → saved → reloaded
 
-and measures it at each stage on held-out rows.
+and measures it at each stage on held-out rows. From scratch it is new weights → patched → trained → saved → reloaded.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
-from hf_polyattn import InputError, PolyAttnError
+from hf_polyattn import DivergenceError, InputError, Monitor, MonitorCallback, PolyAttnError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
 
 from .adapters import add_adapters, config_of_base
 from .adapting import adapt
 from .arguments import CONTROL, FinetuningArguments, has_row_sum
 from .comparison import circumstances, render
+from .polynomials import check_coefficients, make_polynomial
 from .runs import timed, write_beside, written_beside
 from .task import Task
-from .trainer import PolyAttentionTrainer, set_dropout
+from .trainer import FinetuningError, PolyAttentionTrainer, set_dropout
 
 
 def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def finetune(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
     Raises:
         InputError: the output folder has another run in it, or arguments that do not go together.
         SaveError: a checkpoint or result could not be written.
-        FinetuningError: a loss is not finite.
+        FinetuningError: a loss is not finite, in a run that is not from scratch.
     """
     return Arms(task, arguments).run()
 
@@ -66,14 +67,17 @@ class Arms:
                 f"the checkpoint has no {', '.join(task.new_modules)} for this task, so it cannot be the teacher; set "
                 f"--teacher to a fine-tuned softmax model, for example {self.output / CONTROL / 'model'}"
             )
-        self.softmax = self.load(arguments.model)
+        check_coefficients(arguments)
+        self.softmax = self.start()
         # Its accelerator, which all trainers share, also serves to measure.
         trainer = PolyAttentionTrainer(model=self.softmax, args=copy.copy(arguments), eval_dataset=task.held_out)
         self.accelerator = trainer.accelerator
         self.main = self.accelerator.is_main_process
         for spec in set(arguments.spec) - {CONTROL}:  # what cannot be patched is said before anything is trained
-            hf_polyattn.unpatch_model(hf_polyattn.patch_model(self.softmax, spec))
+            hf_polyattn.unpatch_model(make_polynomial(self.softmax, spec, arguments, task.patch_options))
         self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.sharded and task.generate is not None:
+            raise InputError("models that generate must be whole in each process; use configs/multi_gpu.yaml")
         if self.sharded and arguments.lora_rank > 0:
             raise InputError("--lora_rank is for models that each process holds whole; use configs/multi_gpu.yaml")
         self.check_output()
@@ -98,15 +102,15 @@ class Arms:
         return results
 
     def run_arm(self, spec: str) -> dict[str, Any]:
-        """Returns the measures of one arm; its model is saved in <spec>/model."""
+        """Returns the measures of one arm; its model is saved in <spec>/model, unless it diverged."""
         task, arguments, folder = self.task, self.arm_arguments(spec), self.output / spec
         stages = dict(self.baseline)
         seconds: dict[str, float] = {}
         calibration = None
 
-        model = self.load(arguments.model).to(self.accelerator.device)
+        model = self.start().to(self.accelerator.device)
         if spec != CONTROL:
-            hf_polyattn.patch_model(model, spec)
+            make_polynomial(model, spec, arguments, task.patch_options)
             self.measure_stage(stages, "patched", model)
         if spec != CONTROL and arguments.adapt == "calibrate":
             with timed(seconds, "adapt"):
@@ -119,7 +123,42 @@ class Arms:
         if arguments.lora_rank > 0:
             set_seed(arguments.seed)
             model = add_adapters(model, arguments, task.new_modules)
-        trainer = PolyAttentionTrainer(
+        trainer = self.trainer(model, arguments)
+        diverged = None
+        if arguments.max_steps != 0:
+            with timed(seconds, "finetune"):
+                diverged = self.train(trainer, folder)
+
+        result: dict[str, Any] = {"stages": stages}
+        if diverged is None:
+            wrapped = trainer.model_wrapped
+            model = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            if arguments.lora_rank > 0:
+                self.save(folder / "adapter", model, None)
+                model = wrapped = model.merge_and_unload()
+            if cached is not None:
+                model.config.use_cache = cached  # Trainer turned it off
+            result |= self.finish(folder, model, wrapped, stages)
+        result |= {
+            "diverged": diverged,
+            "spent": self.spent(trainer, arguments.steps_before(spec)),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "calibration": None if calibration is None else calibration.to_dict(),
+            "log_history": trainer.state.log_history,
+        }
+        self.write(folder / "results.json", result)
+        if self.arguments.push_to_hub and self.main and diverged is None:
+            self.push(spec)
+        trainer.accelerator.free_memory()
+        self.accelerator.free_memory()
+        return result
+
+    def trainer(self, model: Any, arguments: FinetuningArguments) -> PolyAttentionTrainer:
+        """Returns the trainer of an arm, which logs the norms of attention if they are asked for."""
+        task, callbacks = self.task, []
+        if arguments.norms and arguments.max_steps != 0:
+            callbacks.append(MonitorCallback(Monitor(model, every=int(arguments.logging_steps), norms=True)))
+        return PolyAttentionTrainer(
             model=model,
             args=arguments,
             train_dataset=task.train if hasattr(task.train, "__len__") else task.train.shuffle(seed=arguments.seed),
@@ -129,41 +168,46 @@ class Arms:
             teacher=self.teacher(),
             augment=task.augment,
             measure=lambda trained: self.measure(trained)[0],
+            callbacks=callbacks,
         )
-        if arguments.max_steps != 0:
-            with timed(seconds, "finetune"):
-                trainer.train(resume_from_checkpoint=last_checkpoint(folder) if arguments.resume else None)
 
-        wrapped = trainer.model_wrapped
-        model = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        if arguments.lora_rank > 0:
-            self.save(folder / "adapter", model, None)
-            model = wrapped = model.merge_and_unload()
-        if cached is not None:
-            model.config.use_cache = cached  # Trainer turned it off
+    def train(self, trainer: PolyAttentionTrainer, folder: Path) -> str | None:
+        """Trains an arm; returns how it diverged, if it is from scratch and did."""
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder) if self.arguments.resume else None)
+        except (FinetuningError, DivergenceError) as error:
+            if not self.arguments.from_scratch:
+                raise
+            return str(error)
+        finally:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, MonitorCallback):
+                    callback.monitor.close()
+        return None
+
+    def finish(self, folder: Path, model: Any, wrapped: Any, stages: dict[str, Any]) -> dict[str, Any]:
+        """Measures a trained model, saves it, and measures what is loaded again; returns what the arm is told by.
+
+        Raises:
+            PolyAttnError: what is loaded predicts something else.
+        """
         stages["finetuned"], predictions = self.measure(model)
+        others = {name: self.score(self.predict(model, rows)) for name, rows in self.task.other_held_out.items()}
         self.save(folder / "model", model, self.accelerator.get_state_dict(wrapped))
         stages["reloaded"], again = self.measure(self.load(folder / "model").to(self.accelerator.device))
         same = torch.equal(predictions.nan_to_num(), again.nan_to_num())  # a bare monomial may give NaN
         if not same and not self.sharded:
             difference = (predictions - again).abs().max()
             raise PolyAttnError(f"{folder / 'model'} predicts something else than what was saved, by {difference:.3g}")
+        found = {"reload_is_equal": same, "checkpoint": str(folder / "model")}
+        return {**found, "others": others} if others else found
 
-        result = {
-            "stages": stages,
-            "reload_is_equal": same,
-            "checkpoint": str(folder / "model"),
-            "spent": self.spent(trainer, arguments.steps_before(spec)),
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
-            "calibration": None if calibration is None else calibration.to_dict(),
-            "log_history": trainer.state.log_history,
-        }
-        self.write(folder / "results.json", result)
-        if self.arguments.push_to_hub and self.main:
-            self.push(spec)
-        trainer.accelerator.free_memory()
-        self.accelerator.free_memory()
-        return result
+    def start(self) -> PreTrainedModel:
+        """Returns the softmax model that every arm starts from: the checkpoint, or new weights, the same each time."""
+        if self.task.make_model is None:
+            return self.load(self.arguments.model)
+        set_seed(self.arguments.seed)
+        return self.task.make_model().eval()
 
     def load(self, source: str | Path) -> PreTrainedModel:
         """Returns a model in eval mode; a new head starts from the same random numbers each time.
@@ -210,18 +254,22 @@ class Arms:
         return measures, predictions
 
     @torch.no_grad()
-    def predict(self, model: torch.nn.Module) -> Tensor:
-        """Returns a model's predictions on the held-out examples; all processes share the work."""
+    def predict(self, model: torch.nn.Module, examples: Any = None) -> Tensor:
+        """Returns a model's predictions on examples, by default the held-out ones; all processes share the work."""
         loader: Any = DataLoader(
-            self.task.held_out, batch_size=self.arguments.per_device_eval_batch_size, collate_fn=self.task.collate
+            self.task.held_out if examples is None else examples,
+            batch_size=self.arguments.per_device_eval_batch_size,
+            collate_fn=self.task.collate,
         )
         loader, rows, training = self.accelerator.prepare_data_loader(loader), [], model.training
         model.eval()
         for batch in tqdm(loader, desc="measure", disable=not self.main or self.arguments.disable_tqdm, leave=False):
             # bfloat16 would blur the distance from softmax, which is all that is measured without labels.
             with self.accelerator.autocast() if self.task.labelled else nullcontext():
-                outputs = model(**batch)
-            rows.append(self.accelerator.gather_for_metrics(self.task.predict(outputs, batch).float()).cpu())
+                found = self.task.predict(model(**batch), batch).float()
+                if self.task.generate is not None:
+                    found = torch.cat([found, self.task.generate(model, batch).float()], dim=1)
+            rows.append(self.accelerator.gather_for_metrics(found).cpu())
         model.train(training)
         return torch.cat(rows)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_polyattn.figures.style import INK, canvas, color_of, legend_below, save, styled
+from hf_polyattn.figures.style import INK, SERIES, canvas, color_of, legend_below, save, styled
 
 
 @styled
@@ -55,4 +55,37 @@ def plot_curves(arms: Mapping[str, Sequence[tuple[int, float]]], measure: str, p
         axes.plot([count / 1e6 for count in tokens], values, "o-", color=color, label=title.replace("`", ""))
     axes.set(xlabel="tokens spent, in millions", ylabel=f"{measure} on held-out data")
     legend_below(figure, axes)
+    save(figure, path)
+
+
+@styled
+def plot_norms(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
+    """Draws the norms of attention, of its Jacobian and of the gradient against the steps, as a PNG.
+
+    Lines are means over the seeds, bands reach from the lowest to the highest; the bounds of Theorem 4.1 of arXiv
+    2410.18613 for softmax are dashed.
+
+    Args:
+        arms: title -> for each seed, what `scratch_card.followed` returns, as far as all seeds came.
+        path: of the PNG file.
+    """
+    figure, (panels,) = canvas(1, 3, 13.0, 4.8)
+    shown = (
+        ("attention_norm", "‖A‖_F / √N, largest layer and head", 1.0),
+        ("jacobian_norm", "‖∇A‖_F / √N, largest layer and head", 2.0),
+        ("grad_norm", "norm of the gradient of all weights", None),
+    )
+    for axes, (name, title, bound) in zip(panels, shown, strict=True):
+        for number, (label, seeds) in enumerate(arms.items()):
+            points = list(zip(*seeds, strict=False))
+            steps = [point[0]["step"] for point in points]
+            values = [[seed[name] for seed in point] for point in points]
+            color = color_of(number - 1) if number else INK  # the first is softmax
+            style = "-" if number <= len(SERIES) else "--"
+            axes.plot(steps, [sum(v) / len(v) for v in values], style, color=color, label=label.replace("`", ""))
+            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
+        if bound is not None:
+            axes.axhline(bound, color=INK, linestyle=":", linewidth=1.4, label="bound of Theorem 4.1 for softmax")
+        axes.set(title=title, xlabel="training steps", yscale="log")
+    legend_below(figure, panels[0])
     save(figure, path)

@@ -16,6 +16,7 @@ TASKS = {
     "text_classification": "text-classification",
     "image_classification": "image-classification",
     "sentence_embedding": "feature-extraction",
+    "translation": "translation",
 }
 
 
@@ -106,13 +107,13 @@ def metadata(row: Mapping[str, Any], summary: Mapping[str, Any]) -> ModelCardDat
             metric_value=round(own[metric]["mean"], 6),
         )
         for arm, own in summary.items()
-        if arm not in (CONTROL, START)
+        if arm not in (CONTROL, START) and metric in own
     ]
     specs = dict.fromkeys(row["arms"][arm]["words"]["spec"] for arm in summary)
     return ModelCardData(
         library_name="transformers",
-        base_model=row["base_model"],
-        base_model_relation="finetune",
+        base_model=row.get("base_model"),
+        base_model_relation="finetune" if "base_model" in row else None,
         license=row["license"],
         datasets=[dataset],
         metrics=[metric],

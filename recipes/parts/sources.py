@@ -37,7 +37,7 @@ def read_rows(arguments: DataArguments, columns: Sequence[str], *, streaming: bo
 
     Args:
         arguments: where they are.
-        columns: that both must have.
+        columns: that both must have; of a nested column such as "translation.en".
         streaming: read the training rows as they are needed; the held-out ones are always read whole.
 
     Raises:
@@ -78,6 +78,8 @@ def _read(source: str, config: str | None, split: str, columns: Sequence[str], s
         raise InputError(f"cannot read split {split!r} of {source}: {error}") from error
     if isinstance(rows, DatasetDict) or (not streaming and len(rows) == 0):
         raise InputError(f"split {split!r} of {source} is empty")
+    if any("." in column for column in columns):  # of a nested column, as the Hub has translations
+        rows = rows.flatten()
     found = rows.column_names
     if found is None:  # a stream whose format does not say
         found = list(next(iter(rows), {}))

@@ -32,6 +32,10 @@ class Task:
         beside: from a model and the softmax checkpoint, measures of both, such as `Latency`; all processes call it.
         new_modules: names of modules that start from random numbers and are trained whole beside LoRA adapters.
         augment: changes a batch that is trained on.
+        make_model: makes a model with new weights, for --from_scratch; equal seeds give equal ones.
+        patch_options: of `hf_polyattn.patch_model`.
+        generate: from a model and a batch, more numbers an example, which follow those of `predict`.
+        other_held_out: name -> more examples to measure the trained model on.
     """
 
     data: dict[str, Any]
@@ -48,3 +52,7 @@ class Task:
     beside: Callable[[Any, PreTrainedModel], dict[str, float]] | None = None
     new_modules: tuple[str, ...] = ()
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    make_model: Callable[[], PreTrainedModel] | None = None
+    patch_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    generate: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    other_held_out: dict[str, Any] = dataclasses.field(default_factory=dict)

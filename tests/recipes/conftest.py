@@ -8,11 +8,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from recipe_runs import Run, options, recipes_on_path
+from recipe_runs import ROOT, Run, options, recipes_on_path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,3 +60,25 @@ def told(run: Run, stories: list[str], tmp_path_factory: pytest.TempPathFactory)
     output = tmp_path_factory.mktemp("told") / "run"
     words = [*stories, "--spec", "softmax", "poly6-l1", "poly3", "--max_steps", "4", "--per_device_train_batch_size"]
     return output, run("causal_lm", output, *words, "4")
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """`recipes/measure.py`, whose recipes run in this process and whose cards go to a temporary folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    module = importlib.import_module("measure")
+    (tmp_path / "cards").mkdir()
+    monkeypatch.setattr(module, "CARDS", tmp_path / "cards")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    commands: list[list[str]] = []
+    module.commands = commands  # type: ignore[attr-defined]
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        monkeypatch.setattr(sys, "argv", command[1:])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(Path(command[1]).stem).main()
+
+    monkeypatch.setattr(module, "launch", run)
+    return module

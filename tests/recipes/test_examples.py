@@ -27,6 +27,7 @@ SMALLER = {  # stands in for what the README's examples name
     "stanfordnlp/sst2": "datasets/sst2",
     "uoft-cs/cifar10": "datasets/cifar10",
     "data/zinc": "datasets/zinc",
+    "bentrevett/multi30k": "datasets/multi30k",
 }
 SHORTER = "--max_steps 1 --max_train_examples 16 --max_eval_examples 4 --calibration_batches 1 "
 SHORTER += "--per_device_train_batch_size 2 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1"
@@ -35,6 +36,7 @@ OWN = {
     "image_classification": "--image_size 32",
     "causal_lm": "--block_size 64",
     "sentence_embedding": "--max_length 16",
+    "translation": "--max_length 12 --num_beams 2 --measure last",
 }
 
 
@@ -67,6 +69,7 @@ def test_example_of_the_readme_runs(
         words[0] = str(outputs / "arguments.yaml")
         Path(words[0]).write_text(yaml.safe_dump(values))
     words = without_config(smaller(words, checkpoint, shared))
+    words = [outputs / word if str(word).endswith("/softmax/model") else word for word in words]  # of an example above
     again = "--resume" in words
     results = run(recipe, output, *words, *SHORTER.split(), *OWN[recipe].split())
     assert results["arguments"]["resume"] == again
@@ -77,9 +80,9 @@ def test_example_of_the_readme_runs(
 
 
 def test_readme_has_an_example_of_each_recipe() -> None:
-    recipes = {"causal_lm", "text_classification", "image_classification", "sentence_embedding"}
+    recipes = {"causal_lm", "text_classification", "image_classification", "sentence_embedding", "translation"}
     assert {recipe for recipe, _ in COMMANDS} == recipes
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 14
 
 
 def test_line_for_two_processes_starts_two(checkpoint: Any, shared: Any, tmp_path: Path) -> None:

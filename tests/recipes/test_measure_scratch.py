@@ -1,0 +1,149 @@
+"""The rows from scratch: the commands of their cards run, shortened, and the cards say what the runs wrote."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from recipe_runs import ROOT, Run
+
+# What stands in for the rows' sizes; all else is as it is measured.
+SHORT = {
+    "max_train_examples": 12, "max_eval_examples": 4, "per_device_train_batch_size": 2, "logging_steps": 1,
+    "per_device_eval_batch_size": 4, "report_to": "none", "disable_tqdm": True, "max_steps": 2,
+}  # fmt: skip
+ROWS = {
+    "from-scratch-vit": "image_size=32 patch_size=16 hidden_size=16 num_hidden_layers=1 num_attention_heads=2 "
+    "intermediate_size=16",
+    "from-scratch-lm": "n_embd=16 n_layer=1 n_head=2 n_positions=32",
+    "from-scratch-translation": "d_model=16 encoder_layers=1 decoder_layers=1 encoder_ffn_dim=16 decoder_ffn_dim=16 "
+    "encoder_attention_heads=2 decoder_attention_heads=2 vocab_size=300 max_position_embeddings=32",
+}
+LLAMA = "vocab_size=2048 hidden_size=16 intermediate_size=16 num_hidden_layers=1 num_attention_heads=2 "
+LLAMA += "num_key_value_heads=2 head_dim=8 max_position_embeddings=32"
+OWN = {
+    "from-scratch-vit": {},
+    "from-scratch-lm": {"block_size": 16, "other_block_sizes": "8 32"},
+    "from-scratch-translation": {"max_length": 12, "num_beams": 2, "max_eval_examples": 2},
+}
+# The others of a row differ from these by --spec and initializer_range alone: `test_arms_of_the_cards_train`.
+ARMS = {
+    "from-scratch-vit": ["control", "learned"],
+    "from-scratch-lm": ["llama", "llama_fixed"],
+    "from-scratch-translation": ["control", "normalised"],
+}
+
+
+def shortened(name: str, rates: list[float]) -> dict[str, Any]:
+    """All rows, with one of them as --reduced runs it, but smaller and for less long."""
+    rows: dict[str, Any] = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    reduced = rows[name]["reduced"]
+    reduced["words"] |= SHORT | OWN[name] | {"config_overrides": ROWS[name]}
+    reduced["kinds"] = {"llama": LLAMA}
+    reduced["seeds"], reduced["arms"] = [1], ARMS[name]
+    words = {"max_steps": 1, **({"other_block_sizes": 8} if name == "from-scratch-lm" else {})}
+    reduced["grid"] = {"rates": rates, "words": {**rows[name]["grid"]["words"], **words}}
+    return rows
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_commands_of_a_card_run_and_the_card_says_what_they_wrote(
+    measure: Any, shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rates = [1e-3, 3e-3] if name == "from-scratch-vit" else [1e-3]
+    rows = shortened(name, rates)
+    monkeypatch.setattr(measure, "yaml", SimpleNamespace(safe_load=lambda text: rows))
+    words = ["--checkpoints", str(shared("checkpoints")), "--datasets", str(shared("datasets"))]
+    for _ in range(2):  # nothing is run again the second time
+        monkeypatch.setattr(sys, "argv", ["measure.py", name, "--reduced", *words, "--outputs", str(tmp_path / "runs")])
+        measure.main()
+
+    arms = ARMS[name]
+    assert len(measure.commands) == len(arms) * (3 if len(rates) > 1 else 1)
+    written = json.loads((tmp_path / f"cards/{name}.json").read_text())
+    card = (tmp_path / f"cards/{name}.md").read_text()
+    assert list(written["runs"]) == list(written["summary"]) == arms
+    assert all(rate in rates for rate in written["learning_rates"].values())
+    assert (tmp_path / f"cards/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "This is a reduced budget" in card
+    for arm, runs in written["runs"].items():
+        (found,) = runs[0]["arms"].values()
+        points = found["followed"]
+        assert [point["step"] for point in points] == [1.0, 2.0]
+        assert all(point.keys() == {"step", "loss", "grad_norm", "attention_norm", "jacobian_norm"} for point in points)
+        assert f"| {points[-1]['attention_norm']:.3g} | {points[-1]['jacobian_norm']:.3g} |" in card, arm
+        assert f"| {found['stages']['reloaded'][rows[name]['metric']]:.4f} |" in card
+    if name == "from-scratch-lm":
+        assert [list(own) for own in written["others"].values()] == [["16", "8", "32"]] * len(arms)
+        assert "| arm | 16 tokens | 8 tokens | 32 tokens |" in card
+    for folder in (shared("checkpoints"), tmp_path):
+        assert str(folder) not in card + json.dumps(written)
+
+    (tmp_path / f"cards/{name}.md").write_text("lost")
+    monkeypatch.setattr(sys, "argv", ["measure.py", name, "--card-only"])
+    measure.main()
+    assert (tmp_path / f"cards/{name}.md").read_text() == card
+
+
+def test_arms_of_the_cards_train(
+    run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    arms = {
+        arm["words"]["spec"]: None
+        for name in ROWS for key, arm in rows[name]["arms"].items() if key not in ARMS[name]
+    }  # fmt: skip
+    words = f"--from_scratch --model {checkpoint('vit')} --dataset {shared('datasets/cifar10')} --image_column img "
+    words += f"--config_overrides {ROWS['from-scratch-vit']} --eval_split test --learnable false --save_strategy no "
+    words += "--max_train_examples 8 --max_eval_examples 4 --max_steps 1 --per_device_train_batch_size 4 --spec"
+    results = run("image_classification", tmp_path, *words.split(), *arms)
+    assert set(results["arms"]) == set(arms) == {"softmax", "poly3", "poly3-none", "poly1", "poly2", "poly5"}
+    assert all(arm["reload_is_equal"] for arm in results["arms"].values())
+
+
+def test_each_arm_gets_the_rate_with_which_it_did_best(measure: Any) -> None:
+    grid = importlib.import_module("parts.grid")
+    row = {
+        "arms": {arm: {"words": {}} for arm in "abc"},
+        "grid": {"rates": [1e-3, 3e-3], "words": {"max_steps": 1}},
+    }
+    measures = {"a@0.001": 2.0, "a@0.003": 1.0, "b@0.001": None, "b@0.003": 5.0, "c@0.001": None, "c@0.003": None}
+    assert list(grid.arms_of_grid(row)) == list(measures)
+    assert grid.chosen({**row, "higher_is_better": True}, measures) == {"a": 1e-3, "b": 3e-3, "c": 1e-3}
+    assert grid.chosen({**row, "higher_is_better": False}, measures) == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    assert grid.as_table(row, measures)["b"] == {"0.001": None, "0.003": 5.0}
+
+
+def test_run_whose_loss_grew_or_is_not_finite_has_diverged(measure: Any) -> None:
+    card = importlib.import_module("parts.scratch_card")
+
+    def run(losses: list[float], said: str | None = None) -> dict[str, Any]:
+        return {"arms": {"poly3": {"diverged": said, "followed": [{"loss": loss} for loss in losses]}}}
+
+    assert [card.diverged(run([3.0, 2.0])), card.diverged(run([2.0, 3.0]))] == [False, True]
+    assert card.diverged(run([3.0, 2.0], "step 9: the loss is nan"))
+    assert card.diverged(run([], "step 1: the loss is nan"))
+
+
+def test_arm_that_diverged_stays_in_the_card(measure: Any) -> None:
+    rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    point = {"step": 1.0, "loss": 2.0, "grad_norm": 1.0, "attention_norm": 0.5, "jacobian_norm": 0.25}
+    runs = {
+        arm: [{"arms": {"x": {"diverged": said, "followed": points}}}]
+        for arm, said, points in (("control", None, [point]), ("paper", "nan", []))
+    }
+    data = {
+        "budget": "full", "runs": runs, "others": {}, "grid": {}, "learning_rates": dict.fromkeys(runs, 1e-3),
+        "summary": {"control": {"accuracy": measure.summarize([0.5])}, "paper": {}},
+    }  # fmt: skip
+    text = measure.card("from-scratch-vit", rows["from-scratch-vit"], data)
+    assert "| `poly3`, x³/√n | – | – | 0.001 | – | – | 1 of 1 |" in text
+    assert "| softmax | 0.5000 |  | 0.001 | 0.5 | 0.25 | 0 of 1 |" in text
+    assert "This is the full budget" in text
