@@ -91,7 +91,7 @@ def language_model(folder: Path, train: list[dict[str, Tensor]], held_out: list[
     return Case(model, train, negative_log_likelihood)
 
 
-def molecules(folder: Path, count: int = 256) -> Case:
+def molecules(folder: Path, count: int = 256, held_out: int = 512) -> Case:
     """Padded molecules, 64 a batch, `count` of them to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -103,10 +103,10 @@ def molecules(folder: Path, count: int = 256) -> Case:
         ]
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
 
-    return language_model(folder, batches("zinc/train.parquet", count), batches("zinc/test.parquet", 512))
+    return language_model(folder, batches("zinc/train.parquet", count), batches("zinc/test.parquet", held_out))
 
 
-def stories(folder: Path, start: int, count: int = 16, size: int = 8) -> Case:
+def stories(folder: Path, start: int, count: int = 16, size: int = 8, held_out: int = 64) -> Case:
     """Packed blocks of 256 tokens, `start` before each story, `size` a batch, `count` to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -120,7 +120,7 @@ def stories(folder: Path, start: int, count: int = 16, size: int = 8) -> Case:
         return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in packed.split(size)]
 
     return language_model(
-        folder, batches("tinystories/train.parquet", count), batches("tinystories/validation.parquet", 64)
+        folder, batches("tinystories/train.parquet", count), batches("tinystories/validation.parquet", held_out)
     )
 
 
