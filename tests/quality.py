@@ -91,15 +91,15 @@ def language_model(folder: Path, train: list[dict[str, Tensor]], held_out: list[
     return Case(model, train, negative_log_likelihood)
 
 
-def molecules(folder: Path, count: int = 256, held_out: int = 512) -> Case:
-    """Padded molecules, 64 a batch, `count` of them to calibrate or train on."""
+def molecules(folder: Path, count: int = 256, size: int = 64, held_out: int = 512) -> Case:
+    """Padded molecules, `size` a batch, `count` of them to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def batches(file: str, count: int) -> list[dict[str, Tensor]]:
         texts = column(file, "text", count)
         padded = [
-            tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True, max_length=74)
-            for i in range(0, count, 64)
+            tokenizer(texts[i : i + size], return_tensors="pt", padding=True, truncation=True, max_length=74)
+            for i in range(0, count, size)
         ]
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
 

@@ -3,117 +3,100 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import plain_training
 import pytest
-import torch
-from quality import Case, molecules, stories
-from transformers import PreTrainedModel
+from plain_training import CASES, RATES, SPECS, calibrated, frozen, in_powers, train
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-import hf_polyattn as hp
 from hf_polyattn.patching.patched import patched_layers
-from hf_polyattn.patching.relative import RelativePolynomial
 
-STEPS = 20
-WORSE = 1.002  # the NLL may be, times that with frozen polynomials
-STEEPER = 10.0  # the polynomials' gradient may be, times the projections'
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "attn.c_proj")
-LLAMA = ["poly3", "poly3-mean", "poly3-none", "poly4-l1", "poly6-l1", "poly3^16-l1", "poly3~1", "poly4~1-l1"]
-GPT2 = ["poly3~1", "poly6-l1"]
+WORSE = 1.002  # the NLL may be, over that with frozen polynomials
+STEEP = 10.0  # the polynomials' gradient may be, over the projections'
 
 
 @pytest.fixture(scope="module")
 def case(shared: Any) -> Any:
-    """`case(name)`: a checkpoint with batches to train on and a measure on held-out data, small enough for a test."""
-
-    @cache
-    def load(name: str) -> Case:
-        if name == "llama":
-            found = stories(shared("checkpoints/llama-stories260K"), start=1, count=16, size=2, held_out=8)
-        else:
-            found = molecules(shared("checkpoints/gpt2-zinc-0.5m"), held_out=128)
-        rows = 2 if name == "llama" else 16
-        parts = [{key: value.split(rows) for key, value in batch.items()} for batch in found.batches]
-        batches = [dict(zip(part, row, strict=True)) for part in parts for row in zip(*part.values(), strict=True)]
-        return Case(found.model, batches, found.measure)
-
-    return load
+    shared("checkpoints")
+    return cache(lambda name: CASES[name]())
 
 
 @pytest.fixture(scope="module")
-def calibrated(case: Any) -> Any:
-    """`calibrated(name, spec)`: a copy of a checkpoint, patched and calibrated."""
-
-    @cache
-    def calibrate(name: str, spec: str) -> PreTrainedModel:
-        model = hp.patch_model(copy.deepcopy(case(name).model), spec)
-        hp.calibrate(model, case(name).batches[:6], progress=False)
-        return model
-
-    return lambda name, spec: copy.deepcopy(calibrate(name, spec))
+def start(case: Any) -> Any:
+    """`start(name, spec)`: a checkpoint, patched and calibrated; not to be changed."""
+    return cache(lambda name, spec: calibrated(case(name), spec))
 
 
-def norm(gradients: list[torch.Tensor]) -> float:
-    return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+@pytest.fixture(scope="module")
+def with_frozen(case: Any, start: Any) -> Any:
+    """`with_frozen(name, spec, lr)`: the NLL after a training in which the polynomials are frozen."""
+
+    def nll(name: str, spec: str, lr: float) -> float:
+        model = frozen(start(name, spec))
+        train(model, case(name).batches, lr)
+        return float(case(name).measure(model)["nll"])
+
+    return cache(nll)
 
 
-def train(model: PreTrainedModel, batches: list[Any], lr: float) -> float:
-    """Trains all parameters alike; returns the most that the polynomials' gradient was, times the projections'."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)  # Trainer's
-    steeper = 0.0
-    for step in range(STEPS):
-        batch = batches[step % len(batches)]
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        model(**batch, labels=labels).loss.backward()
-        polynomial = [parameter.grad for name, parameter in trained.items() if ".polyattn." in name]
-        projections = [
-            parameter.grad for name, parameter in trained.items() if any(part in name for part in PROJECTIONS)
-        ]
-        if polynomial:
-            steeper = max(steeper, norm(polynomial) / norm(projections))
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return steeper
+# All that was not safe, and one of each kind of the others; benchmarks/plain_training.json has the rest.
+PLAIN = [
+    *[("llama", spec, lr) for spec in ("poly4-l1", "poly6-l1") for lr in RATES],
+    *[("llama", spec, 1e-4) for spec in ("poly3-none", "poly3~1", "poly4~1-l1", "poly3^16-l1")],
+    ("gpt2-zinc", "poly6-l1", 1e-4),
+]
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    for _, layer in patched_layers(model):
-        layer.requires_grad_(False)
-    return model
-
-
-@torch.no_grad()
-def train_coefficients(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes the coefficients of powers of t train as they are, as before version 0.1.0 was out."""
-    for module in model.modules():
-        if isinstance(module, RelativePolynomial):
-            module.directions.copy_(torch.eye(module.directions.shape[-1]))
-    return model
-
-
-def compared(case: Case, model: PreTrainedModel, lr: float) -> tuple[float, float]:
-    """Returns the NLL after training, times that with frozen polynomials, and how steep the polynomials were."""
-    frozen = freeze(copy.deepcopy(model))
-    train(frozen, case.batches, lr)
-    steeper = train(model, case.batches, lr)
-    return case.measure(model)["nll"] / case.measure(frozen)["nll"], steeper
-
-
-@pytest.mark.parametrize(("name", "spec"), [("llama", spec) for spec in LLAMA] + [("gpt2-zinc", s) for s in GPT2])
-@pytest.mark.parametrize("lr", [2e-5, 1e-4])
+@pytest.mark.parametrize(("name", "spec", "lr"), PLAIN)
 def test_a_plain_training_is_no_worse_than_with_frozen_polynomials(
-    lr: float, name: str, spec: str, case: Any, calibrated: Any
+    name: str, spec: str, lr: float, case: Any, start: Any, with_frozen: Any
 ) -> None:
-    worse, steeper = compared(case(name), calibrated(name, spec), lr)
-    assert worse < WORSE
-    assert 0.0 < steeper < STEEPER
+    model = copy.deepcopy(start(name, spec))
+    steepest = train(model, case(name).batches, lr)
+    assert case(name).measure(model)["nll"] < WORSE * with_frozen(name, spec, lr)
+    assert 0.0 < steepest < STEEP
 
 
-@pytest.mark.parametrize(("lr", "spec"), [(1e-4, "poly4-l1"), (2e-5, "poly6-l1")])
-def test_training_the_coefficients_themselves_would_be_worse(lr: float, spec: str, case: Any, calibrated: Any) -> None:
-    worse, steeper = compared(case("llama"), train_coefficients(calibrated("llama", spec)), lr)
-    assert worse > WORSE
-    assert steeper > STEEPER
+@pytest.mark.parametrize(("spec", "lr"), [("poly4-l1", 1e-4), ("poly6-l1", 2e-5)])
+def test_steps_in_the_coefficients_themselves_would_be_worse(
+    spec: str, lr: float, case: Any, start: Any, with_frozen: Any
+) -> None:
+    model = in_powers(start("llama", spec))
+    steepest = train(model, case("llama").batches, lr)
+    assert case("llama").measure(model)["nll"] > WORSE * with_frozen("llama", spec, lr)
+    assert steepest > STEEP
+
+
+def test_trainer_with_its_own_arguments_is_safe(case: Any, start: Any, tmp_path: Path) -> None:
+    batches = [batch for batch in case("llama").batches if len(batch["input_ids"]) == 2]
+    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"]]
+
+    def trained(model: PreTrainedModel) -> float:
+        arguments = TrainingArguments(tmp_path, max_steps=10, report_to=[], use_cpu=True, disable_tqdm=True, seed=0)
+        assert (arguments.max_grad_norm, arguments.learning_rate) == (1.0, 5e-5)
+        Trainer(model, arguments, train_dataset=rows).train()
+        return float(case("llama").measure(model.eval())["nll"])
+
+    spec, nll = "poly6-l1", {}
+    for arm, change in {"frozen": frozen, "in powers of t": in_powers}.items():
+        nll[arm] = trained(change(start("llama", spec)))
+    model = copy.deepcopy(start("llama", spec))
+    assert trained(model) < WORSE * nll["frozen"] < nll["in powers of t"]
+    assert all(layer.delta.abs().min() > 0.0 for _, layer in patched_layers(model))
+
+
+def test_the_json_holds_it_for_every_checkpoint_and_spec() -> None:
+    checkpoints = json.loads(plain_training.RESULTS.read_text())["checkpoints"]
+    assert checkpoints.keys() == CASES.keys()
+    for name, table in checkpoints.items():
+        assert table.keys() == {*SPECS}, name
+        for spec, rates in table.items():
+            for lr in RATES:
+                arms = rates[f"{lr:g}"]
+                assert arms["trained"]["nll"] < WORSE * arms["frozen"]["nll"], (name, spec, lr)
+                assert arms["trained"]["gradient"] < STEEP, (name, spec, lr)
+    assert max(rates["2e-05"]["in powers of t"]["gradient"] for rates in checkpoints["llama"].values()) > STEEP
