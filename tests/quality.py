@@ -197,6 +197,11 @@ def main() -> None:
             write(RESULTS, "python tests/quality.py --write", name, table)
 
 
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """Returns the measures that `write` put into a JSON, by checkpoint; none if there is no such file."""
+    return json.loads(file.read_text())["checkpoints"] if file.exists() else {}  # type: ignore[no-any-return]
+
+
 def write(file: Path, command: str, checkpoint: str, table: dict[str, Any], **about: Any) -> None:
     """Puts the measures of one checkpoint into a JSON, beside those of the others, and what they are about."""
     results = json.loads(file.read_text()) if file.exists() else {"checkpoints": {}}

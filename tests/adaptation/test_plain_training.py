@@ -43,11 +43,11 @@ def with_frozen(case: Any, start: Any) -> Any:
     return cache(nll)
 
 
-# All that was not safe, and one of each kind of the others; benchmarks/plain_training.json has the rest.
+# What is not safe in powers of t, and one of each kind of the others; benchmarks/plain_training.json has the rest.
 PLAIN = [
-    *[("llama", spec, lr) for spec in ("poly4-l1", "poly6-l1") for lr in RATES],
+    *[("llama", "poly6-l1", lr) for lr in RATES],
     *[("llama", spec, 1e-4) for spec in ("poly3-none", "poly3~1", "poly4~1-l1", "poly3^16-l1")],
-    ("gpt2-zinc", "poly6-l1", 1e-4),
+    ("gpt2-zinc", "poly3", 1e-4),
 ]
 
 
@@ -61,7 +61,7 @@ def test_a_plain_training_is_no_worse_than_with_frozen_polynomials(
     assert 0.0 < steepest < STEEP
 
 
-@pytest.mark.parametrize(("spec", "lr"), [("poly4-l1", 1e-4), ("poly6-l1", 2e-5)])
+@pytest.mark.parametrize(("spec", "lr"), [("poly4~1-l1", 1e-4), ("poly6-l1", 2e-5)])
 def test_steps_in_the_coefficients_themselves_would_be_worse(
     spec: str, lr: float, case: Any, start: Any, with_frozen: Any
 ) -> None:
