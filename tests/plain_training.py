@@ -35,10 +35,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "attn.c_proj", 
 CHECKPOINTS = quality.SHARED / "checkpoints"
 # With few rows a step and little held out: both arms see the same.
 CASES: dict[str, Callable[[], quality.Case]] = {
-    "llama": lambda: quality.stories(CHECKPOINTS / "llama-stories260K", start=1, count=16, size=2, held_out=8),
+    "llama": lambda: quality.stories(CHECKPOINTS / "llama-stories260K", start=1, count=16, size=1, held_out=8),
     "gpt2-zinc": lambda: quality.molecules(CHECKPOINTS / "gpt2-zinc-0.5m", held_out=128, size=16),
     "gpt2-tinystories": lambda: quality.stories(
-        CHECKPOINTS / "gpt2-tinystories-3m", start=0, count=16, size=2, held_out=8
+        CHECKPOINTS / "gpt2-tinystories-3m", start=0, count=16, size=1, held_out=8
     ),
 }
 
@@ -46,7 +46,7 @@ CASES: dict[str, Callable[[], quality.Case]] = {
 def calibrated(case: quality.Case, spec: str) -> PreTrainedModel:
     """Returns a patched and calibrated copy of a checkpoint."""
     model = hp.patch_model(copy.deepcopy(case.model), spec)
-    hp.calibrate(model, case.batches[:2], progress=False)
+    hp.calibrate(model, case.batches[:4], progress=False)
     return model
 
 

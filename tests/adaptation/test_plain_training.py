@@ -46,8 +46,8 @@ def with_frozen(case: Any, start: Any) -> Any:
 # What is not safe in powers of t, and one of each kind of the others; benchmarks/plain_training.json has the rest.
 PLAIN = [
     *[("llama", "poly6-l1", lr) for lr in RATES],
-    *[("llama", spec, 1e-4) for spec in ("poly3-none", "poly3~1", "poly4~1-l1", "poly3^16-l1")],
-    ("gpt2-zinc", "poly3", 1e-4),
+    *[("llama", spec, 1e-4) for spec in ("poly3-none", "poly3~1", "poly4~1-l1")],
+    ("gpt2-zinc", "poly3^16-l1", 1e-4),
 ]
 
 
@@ -72,20 +72,18 @@ def test_steps_in_the_coefficients_themselves_would_be_worse(
 
 
 def test_trainer_with_its_own_arguments_is_safe(case: Any, start: Any, tmp_path: Path) -> None:
-    batches = [batch for batch in case("llama").batches if len(batch["input_ids"]) == 2]
-    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"]]
+    rows = [{"input_ids": row, "labels": row} for batch in case("llama").batches for row in batch["input_ids"]]
 
     def trained(model: PreTrainedModel) -> float:
-        arguments = TrainingArguments(tmp_path, max_steps=10, report_to=[], use_cpu=True, disable_tqdm=True, seed=0)
+        arguments = TrainingArguments(
+            tmp_path, max_steps=10, per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=0
+        )
         assert (arguments.max_grad_norm, arguments.learning_rate) == (1.0, 5e-5)
         Trainer(model, arguments, train_dataset=rows).train()
         return float(case("llama").measure(model.eval())["nll"])
 
-    spec, nll = "poly6-l1", {}
-    for arm, change in {"frozen": frozen, "in powers of t": in_powers}.items():
-        nll[arm] = trained(change(start("llama", spec)))
-    model = copy.deepcopy(start("llama", spec))
-    assert trained(model) < WORSE * nll["frozen"] < nll["in powers of t"]
+    model = copy.deepcopy(start("llama", "poly6-l1"))
+    assert trained(model) < WORSE * trained(frozen(model))
     assert all(layer.delta.abs().min() > 0.0 for _, layer in patched_layers(model))
 
 
