@@ -10,7 +10,7 @@ from typing import Any
 
 import plain_training
 import pytest
-from plain_training import CASES, RATES, SPECS, calibrated, frozen, in_powers, train
+from plain_training import CASES, RATES, calibrated, frozen, in_powers, train
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_polyattn.patching.patched import patched_layers
@@ -87,14 +87,16 @@ def test_trainer_with_its_own_arguments_is_safe(case: Any, start: Any, tmp_path:
     assert all(layer.delta.abs().min() > 0.0 for _, layer in patched_layers(model))
 
 
-def test_the_json_holds_it_for_every_checkpoint_and_spec() -> None:
+def test_the_json_says_so_too() -> None:
     checkpoints = json.loads(plain_training.RESULTS.read_text())["checkpoints"]
-    assert checkpoints.keys() == CASES.keys()
+    assert {"poly4-l1", "poly6-l1"} <= checkpoints["llama"].keys()
     for name, table in checkpoints.items():
-        assert table.keys() == {*SPECS}, name
         for spec, rates in table.items():
             for lr in RATES:
                 arms = rates[f"{lr:g}"]
                 assert arms["trained"]["nll"] < WORSE * arms["frozen"]["nll"], (name, spec, lr)
                 assert arms["trained"]["gradient"] < STEEP, (name, spec, lr)
-    assert max(rates["2e-05"]["in powers of t"]["gradient"] for rates in checkpoints["llama"].values()) > STEEP
+    for spec in ("poly4-l1", "poly6-l1"):
+        arms = checkpoints["llama"][spec][f"{RATES[0]:g}"]
+        assert arms["in powers of t"]["nll"] > WORSE * arms["frozen"]["nll"]
+        assert arms["in powers of t"]["gradient"] > STEEP
