@@ -26,7 +26,6 @@ import quality
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 import hf_polyattn as hp
@@ -119,34 +118,27 @@ def fit_projection(model: PreTrainedModel, path: str, inputs: Replay, *, ridge: 
 
 
 def in_powers(model: PreTrainedModel, steps: int) -> AbstractContextManager[Groups]:
-    """The library's: the coefficients are those of powers of t."""
+    """Trains the coefficients of powers of t, in steps that are not relative to anything."""
+    return in_basis(model, np.eye)
+
+
+def in_chebyshev(model: PreTrainedModel, steps: int) -> AbstractContextManager[Groups]:
+    """Trains coefficients of Chebyshev polynomials. Calibration is linear in coefficients: the same in any basis."""
+    return in_basis(model, chebyshev_polynomials)
+
+
+@torch.no_grad()
+def in_basis(model: PreTrainedModel, basis: Callable[[int], np.ndarray]) -> AbstractContextManager[Groups]:
+    """Makes what trains the coefficients of a basis, of which there is a polynomial a row: (P + 1, P + 1)."""
+    for _, child in patched_layers(model):
+        child.directions.copy_(torch.from_numpy(basis(child.config.spec.degree + 1)).expand_as(child.directions))
     return nullcontext([])
 
 
-class Chebyshev(nn.Module):
-    """Coefficients of powers of t as a function of coefficients of Chebyshev polynomials: the same polynomial."""
-
-    def __init__(self, degree: int) -> None:
-        super().__init__()
-        rows = [np.polynomial.chebyshev.cheb2poly(row) for row in np.eye(degree + 1)]
-        self.powers = torch.from_numpy(np.stack([np.pad(row, (0, degree + 1 - len(row))) for row in rows]))
-
-    def forward(self, chebyshev: Tensor) -> Tensor:
-        return (chebyshev.double() @ self.powers).float()
-
-    def right_inverse(self, coefficients: Tensor) -> Tensor:
-        return torch.linalg.solve(self.powers, coefficients.double(), left=False).float()
-
-
-@contextmanager
-def in_chebyshev(model: PreTrainedModel, steps: int) -> Iterator[Groups]:
-    """Trains coefficients of Chebyshev polynomials. Calibration is linear in coefficients: the same in any basis."""
-    children = [child for _, child in patched_layers(model)]
-    for child in children:
-        parametrize.register_parametrization(child, "coefficients", Chebyshev(child.config.spec.degree))
-    yield []
-    for child in children:
-        parametrize.remove_parametrizations(child, "coefficients")
+def chebyshev_polynomials(count: int) -> np.ndarray:
+    """Returns the coefficients of powers of t of the first Chebyshev polynomials, (count, count)."""
+    rows = [np.polynomial.chebyshev.cheb2poly(row) for row in np.eye(count)]
+    return np.stack([np.pad(row, (0, count - len(row))) for row in rows])
 
 
 @contextmanager

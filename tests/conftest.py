@@ -151,6 +151,7 @@ def randomize(model: Any, seed: int) -> None:
 
     for _, layer in patched_layers(model):
         layer.coefficients.add_(0.2 * noise(layer.coefficients))
+        train_a_little(layer, seed)
         if layer.config.interval:
             layer.center.copy_(noise(layer.center))
             layer.radius.copy_(6.0 + 2.0 * torch.tanh(noise(layer.radius)))
@@ -164,9 +165,17 @@ def randomize(model: Any, seed: int) -> None:
             layer.moments.lengths.copy_(torch.tensor([2.0, 12.0]))
         for refinement in layer.refinements or ():
             refinement.coefficients.add_(0.2 * noise(refinement.coefficients))
+            train_a_little(refinement, seed)
             refinement.steps.copy_(0.1 * noise(refinement.steps))
             refinement.center.copy_(noise(refinement.center))
             refinement.radius.fill_(7.0)
+
+
+def train_a_little(polynomial: Any, seed: int) -> None:
+    """Changes a polynomial as training does, along directions of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (polynomial.delta, polynomial.directions):
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
 @pytest.fixture

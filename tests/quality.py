@@ -91,22 +91,22 @@ def language_model(folder: Path, train: list[dict[str, Tensor]], held_out: list[
     return Case(model, train, negative_log_likelihood)
 
 
-def molecules(folder: Path, count: int = 256) -> Case:
-    """Padded molecules, 64 a batch, `count` of them to calibrate or train on."""
+def molecules(folder: Path, count: int = 256, size: int = 64, held_out: int = 512) -> Case:
+    """Padded molecules, `size` a batch, `count` of them to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def batches(file: str, count: int) -> list[dict[str, Tensor]]:
         texts = column(file, "text", count)
         padded = [
-            tokenizer(texts[i : i + 64], return_tensors="pt", padding=True, truncation=True, max_length=74)
-            for i in range(0, count, 64)
+            tokenizer(texts[i : i + size], return_tensors="pt", padding=True, truncation=True, max_length=74)
+            for i in range(0, count, size)
         ]
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
 
-    return language_model(folder, batches("zinc/train.parquet", count), batches("zinc/test.parquet", 512))
+    return language_model(folder, batches("zinc/train.parquet", count), batches("zinc/test.parquet", held_out))
 
 
-def stories(folder: Path, start: int, count: int = 16, size: int = 8) -> Case:
+def stories(folder: Path, start: int, count: int = 16, size: int = 8, held_out: int = 64) -> Case:
     """Packed blocks of 256 tokens, `start` before each story, `size` a batch, `count` to calibrate or train on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -120,7 +120,7 @@ def stories(folder: Path, start: int, count: int = 16, size: int = 8) -> Case:
         return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in packed.split(size)]
 
     return language_model(
-        folder, batches("tinystories/train.parquet", count), batches("tinystories/validation.parquet", 64)
+        folder, batches("tinystories/train.parquet", count), batches("tinystories/validation.parquet", held_out)
     )
 
 
@@ -195,6 +195,11 @@ def main() -> None:
             print(name, spec, table[spec], f"{time.perf_counter() - started:.0f} s", flush=True)
         if arguments.write:
             write(RESULTS, "python tests/quality.py --write", name, table)
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """Returns the measures that `write` put into a JSON, by checkpoint; none if there is no such file."""
+    return json.loads(file.read_text())["checkpoints"] if file.exists() else {}  # type: ignore[no-any-return]
 
 
 def write(file: Path, command: str, checkpoint: str, table: dict[str, Any], **about: Any) -> None:

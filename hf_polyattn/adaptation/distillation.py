@@ -27,10 +27,9 @@ from .training import TrainingOptions, TrainingReport, TrainingState, param_grou
 
 _EPSILON = 1e-12
 
-#: Of the weights and of the polynomials, by the kind of normalizer. An l1 polynomial falls by six orders of magnitude
-#: over its interval: where it is small, so are row sums, and a coefficient that moves by 0.002 moves them by many times
-#: their value.
-LEARNING_RATES = {"fixed": (1e-4, 2e-3), "l1": (1e-5, 1e-4)}
+#: Of the weights and of the polynomials, by the kind of normalizer. Polynomials train relative to what calibration made
+#: of them (`patching.relative`). With l1 that is nearly softmax already, and what is left to learn is less.
+LEARNING_RATES = {"fixed": (1e-4, 2e-3), "l1": (1e-5, 2e-3)}
 
 
 def distill(
@@ -64,7 +63,7 @@ def distill(
         steps: optimizer updates end to end, one batch each.
         layer_steps: updates of the layer-by-layer part before it.
         lr: peak learning rate of the model's weights; None takes `LEARNING_RATES` of the model's normalizers.
-        coefficient_lr: the same for coefficients, centers and key shifts; None takes those of `LEARNING_RATES`, or
+        coefficient_lr: the same for polynomials, centers and row shifts; None takes those of `LEARNING_RATES`, or
             `lr` if that is given.
         weight_decay: of the matrices; polynomials, norms and biases have none.
         teacher: a softmax model with the same layers. None takes a copy of `model` with softmax restored:

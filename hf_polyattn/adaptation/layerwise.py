@@ -1,7 +1,7 @@
 """Layer-by-layer matching: every polynomial, alone, learns to give softmax's output for softmax's inputs.
 
 Softmax runs, so that no layer sees another's errors and no second copy of the model is in memory. Only the polynomials
-(coefficients, centers and key shifts) train. It goes on where calibration in closed form ends, which takes centers and
+(their changes, centers and key shifts) train. It goes on where calibration in closed form ends, which takes centers and
 key shifts from a regression and the widths from a list. That helps polynomials with a fixed normalizer; those over
 their row sum (l1) are left as calibration made them, for gradient steps made models with them worse.
 """
@@ -26,7 +26,7 @@ _EPSILON = 1e-12
 
 
 def match_layers(
-    model: nn.Module, batches: Iterable[Any], *, steps: int, lr: float = 1e-2, progress: bool = True
+    model: nn.Module, batches: Iterable[Any], *, steps: int, lr: float = 2e-2, progress: bool = True
 ) -> tuple[float, ...]:
     """Trains the polynomials of a patched model, in place and each by itself, to reproduce softmax's outputs.
 

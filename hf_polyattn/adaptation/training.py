@@ -204,8 +204,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Returns optimizer groups of the parameters that require a gradient.
 
-    The polynomials (coefficients, centers and key shifts) have their own learning rate and no weight decay: a
-    decayed coefficient is another polynomial. Norms and biases have none either.
+    The polynomials (their changes, centers and row shifts) have their own learning rate and no weight decay: a decayed
+    center is another interval. Norms and biases have none either.
 
     Args:
         model: patched or not.

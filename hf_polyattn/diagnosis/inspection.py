@@ -67,7 +67,7 @@ def interval_scores(layer: PolyAttention, query: Tensor, scores: Tensor, visible
 def weights_and_slopes(layer: PolyAttention, t: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Returns w = p(t)^s and dw/dx of t (B, H, rows, Tk), both 0 where not visible."""
     config = layer.config
-    c = layer.coefficients.to(t.dtype)[:, :, None, None]
+    c = layer.changed_coefficients().to(t.dtype)[:, :, None, None]
     flat = t.abs() > 1.0
     if config.clamp:
         t = t.clamp(-1.0, 1.0)

@@ -188,7 +188,7 @@ class _Probe:
         self.record = {
             "output_rms": output.float().square().mean().sqrt(),
             "output_max": torch.maximum(-lowest, highest).float(),
-            "coefficient_max": layer.coefficients.abs().amax(),
+            "coefficient_max": layer.changed_coefficients().abs().amax(),
         }
         if layer.config.interval or self.monitor.norms:
             self.see_scores(layer, args, kwargs)

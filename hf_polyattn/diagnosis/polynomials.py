@@ -167,7 +167,7 @@ def polynomials(
 
 def coefficients_of(child: PolyAttention) -> Tensor:
     """Returns c_hk, (H, P + 1), float64: the one place here that reads them."""
-    return child.coefficients.detach().double().expand(child.heads, -1)
+    return child.changed_coefficients().detach().double().expand(child.heads, -1)
 
 
 def in_powers_of_score(coefficients: Tensor, center: Tensor, radius: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, PatchError
 from ..files import written_beside
+from ..patching import settings
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.families import AttentionSite, attention_sites
 from ..patching.governing import armed_configs
 from ..patching.patch import put_in
 from ..patching.patched import bare_path, patched_modules, pretrained_model
+from ..patching.relative import no_change
 from ..patching.saved_config import CONFIG_KEY, read_state
 from ..patching.selection import new_child
 from ..spec import PolyAttentionConfig
@@ -179,7 +181,23 @@ def _read(file: Path) -> tuple[dict[str, Any], PolyAttentionConfig, dict[str, Te
     if missing:
         raise CheckpointError(f"{file} lacks {missing[:5]}. {advice}")
     check_tensors(str(file), tensors.items())
-    return state, config, tensors
+    return state, config, with_changes(tensors, str(file))
+
+
+def with_changes(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Returns an adapter's tensors, and the change of each polynomial in them: none, if an earlier version saved it.
+
+    Raises:
+        CheckpointError: damaged settings.
+    """
+    found = dict(tensors)
+    end = f".{CHILD_NAME}.{settings.NAME}"
+    for key in [key for key in tensors if key.endswith(end)]:
+        path = key.removesuffix(end)
+        config = PolyAttentionConfig(**settings.decoded(tensors[key], f"{source}: tensor {key!r}"))
+        added = no_change(_of(tensors, path), config)
+        found |= {_key(path, name): tensor for name, tensor in added.items()}
+    return found
 
 
 def _find(source: Any, options: Mapping[str, Any]) -> Path | None:

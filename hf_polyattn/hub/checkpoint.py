@@ -16,19 +16,22 @@ from ..errors import CheckpointError, PatchError
 from ..patching import settings
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES, SAVED_VERSION
+from ..patching.relative import CHANGES, no_change
 from ..patching.saved_config import CONFIG_KEY, IMPLEMENTATIONS, mentions_polyattn
 from ..spec import MAX_REFINEMENTS
 
 #: The tensors that every polynomial has.
 ALWAYS = ("coefficients", "center", "key_shift", "radius", settings.NAME)
 # Dimensions of each tensor. A refinement's are below "refinements.<number>.".
+_POLYNOMIAL = {"coefficients": 2, "delta": 2, "directions": 3}
 TENSORS = {
-    **{"coefficients": 2, "center": 1, "key_shift": 2, "radius": 1, settings.NAME: 1},
+    **_POLYNOMIAL,
+    **{"center": 1, "key_shift": 2, "radius": 1, settings.NAME: 1},
     **{f"moments.{name}": 2 for name in ("weights", "length_shift", "means", "scales")},
     **{"moments.squares": 3, "moments.lengths": 1},
     **{f"refinements.{number}.{name}": dims
        for number in range(MAX_REFINEMENTS)
-       for name, dims in (("coefficients", 2), ("steps", 2), ("center", 1), ("radius", 1))},
+       for name, dims in {**_POLYNOMIAL, "steps": 2, "center": 1, "radius": 1}.items()},
 }  # fmt: skip
 _POSITIVE = ("radius", "scales", "lengths")
 _MAX_ELEMENTS = 2**20  # 1,024 heads with a key shift of 1,024 numbers each
@@ -146,6 +149,12 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
         path, name = _owner(key, polynomials)
         if path is not None:
             missing[path].add(name)
+    for path in [*missing]:
+        given = _set_no_change(polynomials[path], missing[path], f"{source}: the polynomial {path!r}")
+        info.missing_keys.difference_update(f"{path}.{name}" for name in given)
+        missing[path] -= given
+        if not missing[path]:
+            del missing[path]
     versions = {getattr(module, SAVED_VERSION, None) for module in model.modules()}
     if 1 in versions:  # which had no settings
         for path in [path for path, names in missing.items() if names == {settings.NAME}]:
@@ -176,6 +185,28 @@ def check_loaded(model: nn.Module, info: Any, source: str) -> None:
             f"{source}: attn_implementation is {implementation!r}, but there is no {CONFIG_KEY} and the model would "
             "silently be softmax. Load it with attn_implementation='sdpa' and call patch_model(model, spec)."
         )
+
+
+def _set_no_change(layer: PolyAttention, missing: set[str], source: str) -> set[str]:
+    """Gives a polynomial that an earlier version saved the change of none that it lacks; returns the tensors' names.
+
+    Raises:
+        CheckpointError: the polynomial itself is offloaded, so that nobody knows what it is.
+    """
+    changes = {name for name in layer.state_dict() if name.rpartition(".")[2] in CHANGES}
+    if not changes <= missing or "coefficients" in missing:
+        return set()
+    if layer.place is None:
+        raise CheckpointError(
+            f"{source} was saved by an earlier version and cannot be offloaded to disk. Load "
+            "the checkpoint into memory, and save it again with save_pretrained."
+        )
+    found = no_change({name: t for name, t in layer.state_dict().items() if name not in missing}, layer.config)
+    for name, tensor in found.items():
+        part, _, last = name.rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=layer.get_parameter(name).requires_grad)
+        setattr(layer.get_submodule(part), last, parameter)
+    return {*found}
 
 
 def _owner(key: str, polynomials: Mapping[str, PolyAttention]) -> tuple[str | None, str]:

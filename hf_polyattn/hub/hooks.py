@@ -194,7 +194,7 @@ def install_on_trainer(trainer: Any) -> None:
     """Keeps weight decay away from polynomials in `Trainer`, lets its trackers log what `MonitorCallback` has, and
     writes the cards of its pushes.
 
-    A decayed coefficient is another polynomial. And `Trainer` calls its trackers before any callback of the user,
+    A decayed center is another interval. And `Trainer` calls its trackers before any callback of the user,
     so that what a callback adds to the logs would not reach them. Its card is a draft that knows nothing of polynomials
     and that it writes over whatever card the repository has.
     """

@@ -1,7 +1,7 @@
 """Polynomial attention for one checkpoint, without the package that made it: torch and transformers only.
 
     t_ij  = (scaling · q_i·k_j − center_i) / radius_h    center_i = c_h + s_i, see `shift` ; with clamp: in [−1, 1]
-    w_ij  = m_ij · p_h(t_ij)^s                           p_h(t) = Σ_k c_hk t^k ; m_ij ∈ {0,1} visible
+    w_ij  = m_ij · p_h(t_ij)^s                           p_h(t) = Σ_k (c_h + δ_h A_h)_k t^k ; m_ij ∈ {0,1} visible
     out_i = r_i · Σ_j w_ij v_j                           r_i = n_i^(-1/2) rsqrt | 1/n_i mean | 1 none | 1/Σ_j |w_ij| l1
 
 After `pip install hf_polyattn` this file steps aside: then there are kernels, attention weights and calibration.
@@ -31,22 +31,29 @@ ROWS_AT_ONCE = 256  # queries whose weights are formed together
 EPSILON = 1e-37
 SWITCHES = ("interval", "clamp", "key_shift")
 SHIFT = ("row_shift", "squares", "lengths")
+CHANGES = ("delta", "directions")  # of the coefficients, by training; earlier versions saved none
 FIX = "pip install hf_polyattn, and import it before loading this model."
 
 
 class _Tensors(nn.Module):
-    """Named parameters of given shapes."""
+    """Named parameters of given shapes, some of which may be a polynomial's."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+            learns = name not in ("coefficients", "directions")
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=learns))
+
+    def changed(self) -> Tensor:
+        """Returns the coefficients c + δA."""
+        changed: Tensor = self.coefficients + (self.delta.unsqueeze(-1) * self.directions).sum(-2)
+        return changed
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name)
 
 
-class PolyAttention(nn.Module):
+class PolyAttention(_Tensors):
     """The polynomial of one attention module, as `hf_polyattn.patching.core.PolyAttention` saves it.
 
     Args:
@@ -57,18 +64,18 @@ class PolyAttention(nn.Module):
     """
 
     def __init__(self, spec: str, heads: int, head_dim: int, settings: dict[str, Any]) -> None:
-        super().__init__()
         match = re.fullmatch(
             r"(?:poly|taylor)([1-8])(?:\^(1|2|4|8|16|32))?(?:~([12]))?(?:-(rsqrt|mean|none|l1))?", spec
         )
         if match is None:
             raise ValueError(f"this file does not know the polynomial {spec!r}. {FIX}")
+        rows, count = heads if settings["granularity"] == "head" else 1, int(match[1]) + 1
+        polynomial = {"coefficients": (rows, count), "delta": (rows, count), "directions": (rows, count, count)}
+        super().__init__(**polynomial)
         self.power, self.normalizer = int(match[2] or 1), match[4] or "rsqrt"
         self.interval, self.clamp, self.key_shifted = (settings[name] for name in SWITCHES)
         # n_i^(−alpha) is the row scale, and the row sum of a refinement has the same
         self.alpha = {"rsqrt": 0.5, "mean": 1.0}.get(self.normalizer, 0.0)
-        rows = heads if settings["granularity"] == "head" else 1
-        self.coefficients = nn.Parameter(torch.empty(rows, int(match[1]) + 1, dtype=torch.float32))
         self.center = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
         self.radius = nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=False)
@@ -79,12 +86,7 @@ class PolyAttention(nn.Module):
                 weights=(heads, 8 + squares), means=(heads, 8 + squares), scales=(heads, 8 + squares), lengths=(2,),
                 length_shift=(heads, head_dim), squares=(heads, squares, head_dim),
             )  # fmt: skip
-        shapes = {
-            "coefficients": (rows, int(match[1]) + 1),
-            "steps": (heads, 5),
-            "center": (heads,),
-            "radius": (heads,),
-        }
+        shapes = {**polynomial, "steps": (heads, 5), "center": (heads,), "radius": (heads,)}
         self.refinements = nn.ModuleList(_Tensors(**shapes) for _ in range(int(match[3] or 0)))
         self.expected = {"version": 2, "spec": spec, **{name: settings.get(name) for name in (*SWITCHES, *SHIFT)}}
         if settings["format_version"] > 1:
@@ -108,7 +110,7 @@ class PolyAttention(nn.Module):
         n = scores.new_full((), scores.shape[-1]) if visible is None else visible.sum(-1, keepdim=True).to(scores.dtype)
         n = n.clamp(min=1)
         center = self._center(query * scaling, scores, visible, n)
-        w = self._weights(scores, center, self.radius if self.interval else None, self.coefficients, visible)
+        w = self._weights(scores, center, self.radius if self.interval else None, self.changed(), visible)
         w = w / (EPSILON + w.abs().sum(-1, keepdim=True)) if self.normalizer == "l1" else w * n**-self.alpha
         return nn.functional.dropout(w, dropout, training=dropout > 0.0) @ value
 
@@ -147,7 +149,7 @@ class PolyAttention(nn.Module):
             center = center + m + v / 2.0 + (1.0 - self.alpha) * n.log() + learned + by_length
         r: Any
         for r in self.refinements:
-            w = self._weights(scores, center + r.center[:, None, None], r.radius, r.coefficients, visible)
+            w = self._weights(scores, center + r.center[:, None, None], r.radius, r.changed(), visible)
             z = (w.sum(-1, keepdim=True) * n**-self.alpha).clamp(0.2, 5.0) - 1.0
             g = torch.zeros_like(z)
             for k in range(4, -1, -1):
@@ -220,9 +222,15 @@ class PolynomialModel(PreTrainedModel):  # type: ignore[misc]
         """Loads the model; refuses a checkpoint that lacks polynomials."""
         wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = sorted(key for key in info["missing_keys"] if ".polyattn." in key)
-        if missing:
-            raise ValueError(f"the checkpoint lacks {missing[:4]}, which its config names; download it again")
+        missing = {key for key in info["missing_keys"] if ".polyattn." in key}
+        parts = {key.rpartition(".")[0] for key in missing}
+        if missing == {key for key in model.state_dict() if key.endswith(CHANGES) and key.rpartition(".")[0] in parts}:
+            for key in missing:
+                tensor = model.get_parameter(key).data
+                tensor.copy_(torch.eye(tensor.shape[-1]) if key.endswith("directions") else torch.zeros(()))
+            info["missing_keys"] = {*info["missing_keys"]} - missing
+        elif missing:
+            raise ValueError(f"the checkpoint lacks {sorted(missing)[:4]}, which its config names; download it again")
         for path, module in model.named_modules():
             if hf_polyattn is None and isinstance(module, PolyAttention) and hasattr(module, "settings"):
                 module.settings = module.settings.to(torch.uint8)

@@ -90,6 +90,14 @@ def install_on_peft(peft_model: Any) -> None:
         check_adapter(self, result.unexpected_keys)
         return result
 
+    load_weights = peft_model.load_peft_weights
+
+    @wraps(load_weights)
+    def load_weights_with_polyattn(model_id: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        from .adapters import with_changes
+
+        return with_changes(load_weights(model_id, *args, **kwargs), str(model_id))
+
     create_card = model_class.create_or_update_model_card
 
     @wraps(create_card)
@@ -100,6 +108,7 @@ def install_on_peft(peft_model: Any) -> None:
 
             name_polynomials(self, Path(output_dir) / "README.md")
 
+    peft_model.load_peft_weights = load_weights_with_polyattn
     model_class.create_or_update_model_card = create_card_with_polyattn
     model_class.save_pretrained = save_with_polyattn
     model_class.from_pretrained = classmethod(load_with_polyattn)

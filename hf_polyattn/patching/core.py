@@ -23,20 +23,22 @@ from ..ops.moments import moments_of
 from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
 from .recording import is_recorded
+from .relative import RelativePolynomial, initial_directions, no_change
 from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
 CHILD_NAME = "polyattn"
 FAR = 2  # times longer than all rows of the calibration, or shorter: then a forward pass warns
 
 
-class PolyAttention(nn.Module):
+class PolyAttention(RelativePolynomial):
     """The polynomial of one attention module: coefficients, score interval and key shift of each head.
 
     t_ij = (x_ij − center_h − s_i) / radius_h, in the units of the scaled scores x, with the row shift s_i = scaling ·
     q_i·μ_h, what `row_shift.MomentShift` adds to it, and its refinements.
 
     Attributes:
-        coefficients: Parameter (H, P + 1), or (1, P + 1) with granularity `layer`; ascending powers of t.
+        coefficients, delta, directions: Parameters, of a `RelativePolynomial`, with one row for all heads under
+            granularity `layer`: p as it was calibrated, and how training changed it.
         center: Parameter (H,); used once `config.interval` is set.
         key_shift: Parameter (H, D), μ_h; used once `config.key_shift` is set.
         radius: Parameter (H,), positive, without gradient; used once `config.interval` is set. It is no buffer, because
@@ -58,7 +60,6 @@ class PolyAttention(nn.Module):
         device: of the parameters.
     """
 
-    coefficients: nn.Parameter
     center: nn.Parameter
     key_shift: nn.Parameter
     radius: nn.Parameter
@@ -77,10 +78,11 @@ class PolyAttention(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         self._observers: dict[int, Callable[..., None]] = {}
-        self._looked_at, self._bare = (0, -1), False
+        self._looked_at: tuple[tuple[int, int], ...] = ()
+        self._bare = False
         rows = heads if config.granularity == "head" else 1
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self.coefficients = nn.Parameter(torch.empty(rows, config.spec.degree + 1, **options))
+        self.make_polynomials(rows, config.spec.degree, **options)
         self.center = nn.Parameter(torch.empty(heads, **options))
         self.key_shift = nn.Parameter(torch.empty(heads, head_dim, **options))
         self.radius = nn.Parameter(torch.empty(heads, **options), requires_grad=False)
@@ -113,9 +115,9 @@ class PolyAttention(nn.Module):
     def configure(self, config: PolyAttentionConfig) -> None:
         """Replaces the config, and freezes the parameters that it does not use or does not train.
 
-        Frozen coefficients that the config before would have trained were frozen by somebody, and stay so.
+        A frozen polynomial that the config before would have trained was frozen by somebody, and stays so.
         """
-        trained = config.learnable and (self.coefficients.requires_grad or not self.config.learnable)
+        trained = config.learnable and (self.delta.requires_grad or not self.config.learnable)
         self.config = config
         self._warned, self._is_hf_initialized = False, True
         self._fit_row_shift()
@@ -142,6 +144,9 @@ class PolyAttention(nn.Module):
         key = prefix + settings.NAME
         if key in state_dict:
             self.configure(settings.restored(self.config, state_dict[key], key))
+        own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        if "coefficients" in own and own["coefficients"].shape == self.coefficients.shape:
+            state_dict.update({prefix + name: tensor for name, tensor in no_change(own, self.config).items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train_polynomial(self, trained: bool) -> None:
@@ -164,10 +169,11 @@ class PolyAttention(nn.Module):
 
     def change_spec(self, spec: Polynomial) -> None:
         """Takes another polynomial, uncalibrated; center, radius and key shift stay as they are."""
-        rows, trained = self.coefficients.shape[0], self.coefficients.requires_grad
+        rows, trained, old = self.coefficients.shape[0], self.delta.requires_grad, self.coefficients
         self.config = replace(self.config, spec=spec)
         self._fit_row_shift()
-        self.coefficients = nn.Parameter(self.coefficients.new_empty(rows, spec.degree + 1), requires_grad=trained)
+        self.make_polynomials(rows, spec.degree, dtype=old.dtype, device=old.device)
+        self.delta.requires_grad_(trained)
         self._reset_coefficients()
         self.write_settings()
 
@@ -175,6 +181,8 @@ class PolyAttention(nn.Module):
     def _reset_coefficients(self) -> None:
         initial = self.config.spec.initial_coefficients()
         self.coefficients.copy_(self.coefficients.new_tensor(initial).expand_as(self.coefficients))
+        self.delta.zero_()
+        self.directions.copy_(initial_directions(self.config.spec).expand_as(self.directions))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -216,17 +224,18 @@ class PolyAttention(nn.Module):
         center: Tensor | float = self.center if config.interval else 0.0
         if config.row_shift != "none" or self.refinements:
             center = self.row_centers(query, key, **pattern)
+        coefficients = self.changed_coefficients()
         output: Tensor | tuple[Tensor, Tensor] = polynomial_attention(  # type: ignore[call-overload]
             query,
             key,
             value,
-            self.coefficients,
+            coefficients,
             power=config.spec.power,
             normalizer=config.spec.normalizer,
             center=center,
             radius=self.radius.detach() if config.interval else 1.0,
             clamp=bool(config.clamp),
-            monomial=self._is_monomial(),
+            monomial=self._is_monomial(coefficients),
             dropout=dropout,
             backend=config.backend,
             return_weights=return_weights,
@@ -301,7 +310,7 @@ class PolyAttention(nn.Module):
         for part in self._refinements():
             t = scores - (center + part.center.to(center.dtype)[:, None]).unsqueeze(-1)
             t = t / part.radius.to(t.dtype)[:, None, None]
-            w = evaluate(spec, part.coefficients, t.clamp(-1.0, 1.0) if self.config.clamp else t)
+            w = evaluate(spec, part.changed_coefficients(), t.clamp(-1.0, 1.0) if self.config.clamp else t)
             row_sum = w.masked_fill(~visible, 0.0).sum(-1) * count.to(t.dtype) ** -alpha
             center = center + part.step(row_sum)
         return center
@@ -314,7 +323,7 @@ class PolyAttention(nn.Module):
                 query,
                 key,
                 key.new_ones(*key.shape[:3], 1),
-                part.coefficients,
+                part.changed_coefficients(),
                 power=spec.power,
                 normalizer="none" if spec.normalizer == "l1" else spec.normalizer,
                 center=center + part.center.to(center.dtype)[:, None],
@@ -325,19 +334,22 @@ class PolyAttention(nn.Module):
             )
         return output.squeeze(-1).transpose(1, 2).to(center.dtype)
 
-    def _is_monomial(self) -> bool:
+    def _is_monomial(self, c: Tensor) -> bool:
         """Whether only the highest coefficients are non-zero and no other gets a derivative: kernels then skip them.
 
         Off the CPU looking waits for the device, so only frozen coefficients are looked at, once for each value.
+
+        Args:
+            c: the coefficients of p.
         """
-        c = self.coefficients
         if is_recorded(c) or (c.requires_grad and torch.is_grad_enabled()) or is_transformed(c):
             return False
         if c.device.type == "cpu":
             return not bool(c[:, :-1].any())
-        if c.requires_grad or c.is_inference():
+        parts = self.coefficients, self.delta
+        if self.delta.requires_grad or any(part.is_inference() for part in parts):
             return False
-        value = (c.data_ptr(), c._version)
+        value = tuple((part.data_ptr(), part._version) for part in parts)
         if self._looked_at != value:
             self._looked_at, self._bare = value, not bool(c[:, :-1].any())
         return self._bare
@@ -378,8 +390,8 @@ class PolyAttention(nn.Module):
 
 
 def _learns(name: str) -> bool:
-    """Whether a parameter can be trained: places of intervals and sizes of features are those of calibration."""
-    return not name.endswith(("radius", "means", "scales", "lengths")) and not (
+    """Whether a parameter can be trained: the rest is as calibration left it, and what training changes is apart."""
+    return not name.endswith(("coefficients", "directions", "radius", "means", "scales", "lengths")) and not (
         name.startswith("refinements.") and name.endswith("center")
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..ops.call import ROW_EXPONENTS
 from ..ops.centers import MomentWeights
 from ..spec import PolyAttentionConfig, Polynomial
+from .relative import RelativePolynomial
 
 #: The features that are not squares of queries.
 FEATURES = ("m", "v", "m²", "m v", "v²", "v³", "log n", "1/n")
@@ -118,14 +119,14 @@ class MomentShift(nn.Module):
         return shift
 
 
-class Refinement(nn.Module):
+class Refinement(RelativePolynomial):
     """One look at the polynomial's own row sum at the predicted shift: s_i ← s_i + g(S_i).
 
     S_i = r_i Σ_j p(t_ij) is nearly exp of what the prediction left of s_i, and g is a polynomial of degree 4 in
     S_i − 1, where S_i is held within ROW_SUMS.
 
     Attributes:
-        coefficients: Parameter (H, P + 1) or (1, P + 1), of the polynomial that is summed.
+        coefficients, delta, directions: Parameters, of a `RelativePolynomial`: the polynomial that is summed.
         center: Parameter (H,) without gradient, of its interval, from the center of the attention's own.
         radius: Parameter (H,) without gradient, of its interval.
         steps: Parameter (H, 5), of g, ascending powers.
@@ -136,7 +137,7 @@ class Refinement(nn.Module):
     def __init__(self, rows: int, heads: int, degree: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self.coefficients = nn.Parameter(torch.empty(rows, degree + 1, **options))
+        self.make_polynomials(rows, degree, **options)
         self.steps = nn.Parameter(torch.empty(heads, STEPS, **options))
         self.center, self.radius = (nn.Parameter(torch.empty(heads, **options), requires_grad=False) for _ in range(2))
         self.reset_parameters()
@@ -146,8 +147,9 @@ class Refinement(nn.Module):
         """Takes no step."""
         self.coefficients.zero_()
         self.coefficients[:, 0] = 1.0
-        self.steps.zero_()
-        self.center.zero_()
+        self.directions.copy_(torch.eye(self.coefficients.shape[1]))
+        for tensor in (self.delta, self.steps, self.center):
+            tensor.zero_()
         self.radius.fill_(1.0)
 
     def step(self, row_sum: Tensor) -> Tensor:

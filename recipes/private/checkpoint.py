@@ -24,9 +24,10 @@ EXPECTED = {
     },
 }
 # Tensors of a polynomial; one that is not here would be left out in silence.
-KNOWN = {"coefficients", "center", "key_shift", "radius", "settings"}
+POLYNOMIAL = ("coefficients", "delta", "directions")
+KNOWN = {*POLYNOMIAL, "center", "key_shift", "radius", "settings"}
 KNOWN |= {f"moments.{name}" for name in ("weights", "length_shift", "squares", "means", "scales", "lengths")}
-KNOWN |= {f"refinements.{i}.{name}" for i in range(2) for name in ("coefficients", "steps", "center", "radius")}
+KNOWN |= {f"refinements.{i}.{name}" for i in range(2) for name in (*POLYNOMIAL, "steps", "center", "radius")}
 
 
 @dataclass(frozen=True, slots=True)

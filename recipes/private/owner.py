@@ -8,6 +8,7 @@ what is left of the polynomial has 1 there, and costs degree − 1 products a sc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,16 @@ def prepare_layer(layer: PolynomialLayer | None, heads: int, head_dim: int) -> P
 
 
 def effective_coefficients(layer: PolynomialLayer, heads: int) -> np.ndarray:
-    """Returns the coefficients of p in ascending powers of t, (H, P + 1): the only place that reads them."""
-    return np.broadcast_to(layer.tensors["coefficients"], (heads, layer.spec.degree + 1))
+    """Returns the coefficients of p in ascending powers of t, (H, P + 1): trained ones with their change."""
+    return np.broadcast_to(changed_coefficients(layer.tensors, ""), (heads, layer.spec.degree + 1))
+
+
+def changed_coefficients(tensors: Mapping[str, np.ndarray], part: str) -> np.ndarray:
+    """Returns c + δA of a polynomial whose tensors begin with `part`; c where a checkpoint has no δ."""
+    c = tensors[f"{part}coefficients"]
+    if f"{part}delta" not in tensors:
+        return c
+    return c + (tensors[f"{part}delta"][:, :, None] * tensors[f"{part}directions"]).sum(-2)
 
 
 def _scaled(c: np.ndarray, spec: Polynomial) -> tuple[np.ndarray, np.ndarray, bool, np.ndarray]:
@@ -154,9 +163,8 @@ def _shift(layer: PolynomialLayer, radius: np.ndarray, alpha: float) -> dict[str
 
 def _refinement(layer: PolynomialLayer, number: int, radius: np.ndarray) -> dict[str, np.ndarray]:
     """Returns one look at the row sum: its polynomial in y less the center, its limits and the step, in radii."""
-    coefficients, steps, center, own = (
-        layer.tensors[f"refinements.{number}.{name}"] for name in ("coefficients", "steps", "center", "radius")
-    )
+    coefficients = changed_coefficients(layer.tensors, f"refinements.{number}.")
+    steps, center, own = (layer.tensors[f"refinements.{number}.{name}"] for name in ("steps", "center", "radius"))
     coefficients = np.broadcast_to(coefficients, (len(radius), coefficients.shape[1]))
     scaled = coefficients * (radius / own)[:, None] ** np.arange(coefficients.shape[1])
     name = f"refinement{number}"

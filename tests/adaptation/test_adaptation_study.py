@@ -94,7 +94,7 @@ def test_chebyshev_is_the_same_polynomial_and_takes_another_step(case: quality.C
 
     arms.adapt(model, case.model, case.batches, arms.in_chebyshev, 1e-5)
     arms.adapt(plain, case.model, case.batches, arms.in_powers, 1e-5)
-    assert {name.split(".")[-1] for name in changed(model, plain)} == {"coefficients"}
+    assert {name.split(".")[-1] for name in changed(model, plain)} == {"delta", "directions"}
 
 
 def test_blend_goes_from_softmax_to_the_polynomial(case: quality.Case, model: PreTrainedModel) -> None:

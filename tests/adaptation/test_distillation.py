@@ -247,7 +247,7 @@ def test_param_groups_decay_matrices_only(student: PreTrainedModel) -> None:
         for group in param_groups(student, 1e-4, coefficient_lr=1e-2, weight_decay=0.1)
         for parameter in group["params"]
     }
-    assert settings["model.layers.0.self_attn.polyattn.coefficients"] == (1e-2, 0.0)
+    assert settings["model.layers.0.self_attn.polyattn.delta"] == (1e-2, 0.0)
     assert settings["model.layers.0.self_attn.q_proj.weight"] == (1e-4, 0.1)
     assert settings["model.norm.weight"] == (1e-4, 0.0)
 

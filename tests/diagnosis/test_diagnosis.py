@@ -73,7 +73,8 @@ def test_closed_forms_are_the_norms_of_the_operators_weights_and_jacobian(spec: 
     config = PolyAttentionConfig(spec, interval=calibrated, clamp=calibrated, key_shift=calibrated)
     layer = PolyAttention(config, heads=2, head_dim=5).double()
     with torch.no_grad():
-        layer.coefficients.add_(0.3 * noise(*layer.coefficients.shape))
+        for polynomial in (layer.coefficients, layer.delta, layer.directions):
+            polynomial.add_(0.3 * noise(*polynomial.shape))
         layer.center.copy_(0.3 * noise(2))
         layer.radius.copy_(1.0 + 0.3 * noise(2).abs())
         layer.key_shift.copy_(0.2 * noise(2, 5))
@@ -87,7 +88,7 @@ def test_closed_forms_are_the_norms_of_the_operators_weights_and_jacobian(spec: 
             x,
             unit,
             unit,
-            layer.coefficients.detach(),
+            (layer.coefficients + torch.einsum("hl,hlk->hk", layer.delta, layer.directions)).detach(),
             mask=visible,
             scaling=1.0,
             power=config.spec.power,

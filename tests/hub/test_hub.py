@@ -351,7 +351,7 @@ lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["polyattn"], 
 adapted = peft.get_peft_model(load("me/llama-poly3"), lora)
 with torch.no_grad():
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "modules_to_save.default.coefficients" in name:
+        if "lora_B" in name or "modules_to_save.default.delta" in name:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
 expected = logits(adapted, inputs)
 adapted.push_to_hub("me/adapter")

@@ -48,7 +48,7 @@ def test_a_malformed_index_of_shards_is_named(damage: str, sharded: Path) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("name", ["coefficients", "radius"])
+@pytest.mark.parametrize("name", ["coefficients", "delta", "radius"])
 def test_an_adapter_with_broken_polynomials_is_refused(
     value: float, name: str, pretrained: Any, polynomial: Any, tmp_path: Path
 ) -> None:

@@ -244,7 +244,7 @@ def test_another_head_keeps_the_polynomials(saved: Path, batch: Any, tmp_path: P
     for auto_class in (AutoModelForSequenceClassification, AutoModelForMaskedLM):
         model = auto_class.from_pretrained(saved / "minilm")
         state = model.bert.state_dict()
-        assert sum("polyattn" in key for key in state) == 5 * 6
+        assert sum("polyattn" in key for key in state) == 7 * 6
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
         assert torch.equal(output(model.bert, inputs), output(base, inputs))
 
@@ -342,7 +342,7 @@ def test_text_classification_pipeline(saved: Path, checkpoint: Any, rows: Any, t
     inputs = tokenizer(sentence, return_tensors="pt")
     assert found == pytest.approx(float(output(model, inputs).softmax(-1).max()), rel=1e-5)
     with hp.softmax_attention(model):
-        assert found != pytest.approx(float(output(model, inputs).softmax(-1).max()), rel=1e-2)
+        assert found != pytest.approx(float(output(model, inputs).softmax(-1).max()), rel=1e-3)
 
 
 def test_shards_load_to_the_bit(saved: Path, batch: Any, tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from import_blocker import without
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import hf_polyattn as hp
 from hf_polyattn.cli import app
 from hf_polyattn.patching.patched import patched_layers
+from hf_polyattn.patching.relative import RelativePolynomial
 
 CONFIGS = {
     "minilm": ("AutoModel", hp.PolyAttentionConfig("poly4-l1", interval=True, clamp=True, key_shift=True)),
@@ -110,6 +113,25 @@ def test_trusted_code_runs_without_the_package(name: str, exported: Path, tmp_pa
     )
     for key in ("architectures", "attn_implementation", "auto_map", "polyattn_config"):
         assert again[key] == first[key]
+
+
+def test_code_beside_a_checkpoint_of_an_earlier_version_runs(exported: Path, tmp_path: Path) -> None:
+    case, folder = torch.load(exported / "llama.pt"), tmp_path / "llama"
+    model = AutoModelForCausalLM.from_pretrained(exported / "llama")
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, RelativePolynomial):
+                part.delta.zero_()
+        logits = model(**case["inputs"])[0]
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith((".delta", ".directions"))}
+    assert len(tensors) - len(kept) == 5 * 3 * 2
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    hp.export_remote_code(folder)
+    torch.save({**case, "logits": logits, "softmax": case["logits"]}, tmp_path / "llama.pt")
+    error, trained, _ = run(RUN, tmp_path, folder, tmp_path / "again").split()
+    assert float(error) < TOLERANCE < float(trained)
 
 
 def test_untrusted_code_is_not_run(exported: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_a_checkpoint_of_version_0_1_0_loads_to_the_bit_and_answers_as_it_did(na
     model.float().save_pretrained(tmp_path)  # float32 to float64 and back is exact
     again, saved = (load_file(place / "model.safetensors") for place in (tmp_path, folder))
     assert sum("polyattn" in key for key in saved) == 8
-    assert sum("polyattn" in key for key in again) == 10
-    assert {key for key in again if not key.endswith(".polyattn.settings")} == saved.keys()
+    assert sum("polyattn" in key for key in again) == 14
+    added = tuple(f".polyattn.{name}" for name in ("settings", "delta", "directions"))
+    assert {key for key in again if not key.endswith(added)} == saved.keys()
     assert all(torch.equal(again[key], saved[key]) for key in saved)

@@ -81,7 +81,8 @@ def textbook_weights(layer: PolyAttention, query: Tensor, key: Tensor, scaling: 
     if config.clamp:
         t = t.clamp(-1, 1)
     powers = torch.stack([t**k for k in range(config.spec.degree + 1)], dim=-1)
-    coefficients = layer.coefficients.to(query).expand(query.shape[1], -1)
+    change = torch.einsum("hl,hlk->hk", layer.delta.to(query), layer.directions.to(query))
+    coefficients = (layer.coefficients.to(query) + change).expand(query.shape[1], -1)
     w = torch.einsum("bhijk,hk->bhij", powers, coefficients) ** config.spec.power * visible.to(query)
     n = visible.to(w).expand_as(w).sum(-1, keepdim=True).clamp(min=1)
     scale = {"rsqrt": n**-0.5, "mean": 1 / n, "none": 1.0, "l1": 1 / (1e-37 + w.abs().sum(-1, keepdim=True))}

@@ -18,13 +18,13 @@ import hf_polyattn as hp
 from hf_polyattn.patching.patched import patched_layers
 
 CONFIGS = {
-    "uncalibrated power": (hp.PolyAttentionConfig("poly3^16-l1"), {"coefficients"}),
-    "uncalibrated": (hp.PolyAttentionConfig("poly3"), {"coefficients"}),
+    "uncalibrated power": (hp.PolyAttentionConfig("poly3^16-l1"), {"delta"}),
+    "uncalibrated": (hp.PolyAttentionConfig("poly3"), {"delta"}),
     "frozen": (hp.PolyAttentionConfig("poly3", learnable=False, interval=True, clamp=True, key_shift=True), set()),
-    "without key shift": (hp.PolyAttentionConfig("poly4-l1", interval=True, clamp=True), {"coefficients", "center"}),
+    "without key shift": (hp.PolyAttentionConfig("poly4-l1", interval=True, clamp=True), {"delta", "center"}),
     "calibrated": (
         hp.PolyAttentionConfig("poly4-l1", interval=True, clamp=True, key_shift=True),
-        {"coefficients", "center", "key_shift"},
+        {"delta", "center", "key_shift"},
     ),
 }
 
@@ -97,7 +97,7 @@ def test_a_hand_written_config_freezes_too(pretrained: Any, tmp_path: Path) -> N
         config.polyattn_config = hp.PolyAttentionConfig("poly3", learnable=learnable).to_dict()
         for _, layer in patched_layers(AutoModelForCausalLM.from_pretrained(tmp_path, config=copy.deepcopy(config))):
             asks = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
-            assert asks == ({"coefficients"} if learnable else set())
+            assert asks == ({"delta"} if learnable else set())
 
 
 def test_calibration_leaves_frozen_what_somebody_froze(pretrained: Any, batch: Any) -> None:
@@ -105,7 +105,7 @@ def test_calibration_leaves_frozen_what_somebody_froze(pretrained: Any, batch: A
         model = hp.patch_model(pretrained("gpt2-zinc"), "poly3").requires_grad_(not frozen)
         hp.calibrate(model, [batch("gpt2-zinc", 4)], progress=False)
         asks = {name for _, layer in patched_layers(model) for name, p in layer.named_parameters() if p.requires_grad}
-        assert asks == (set() if frozen else {"coefficients", "center", "key_shift"})
+        assert asks == (set() if frozen else {"delta", "center", "key_shift"})
 
 
 @pytest.mark.parametrize("case", CONFIGS)

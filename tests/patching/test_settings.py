@@ -166,12 +166,7 @@ def test_calibrated_centers_train_after_loading(calibrated: Any, pretrained: Any
     for model, trains in ((target, True), (frozen, False)):
         model.load_state_dict(source.state_dict())
         for _, layer in patched_layers(model):
-            assert (
-                layer.coefficients.requires_grad
-                is layer.center.requires_grad
-                is layer.key_shift.requires_grad
-                is trains
-            )
+            assert layer.delta.requires_grad is layer.center.requires_grad is layer.key_shift.requires_grad is trains
 
 
 def layer_state(config: hp.PolyAttentionConfig) -> dict[str, torch.Tensor]:

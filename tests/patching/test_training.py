@@ -69,7 +69,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, double: Any,
     actual, passes = gradients(0)
     assert passes == 2
     assert actual.keys() == expected.keys()
-    assert sum("polyattn.coefficients" in key for key in actual) == len(patched_layers(model))
+    assert sum("polyattn.delta" in key for key in actual) == len(patched_layers(model))
     assert all(same(name, actual[key], expected[key]) for key in actual)
     assert not all(same(name, gradient, expected[key]) for key, gradient in gradients(1)[0].items())
 
@@ -212,7 +212,8 @@ def test_trainer_trains_saves_and_resumes(
     first = trainer(model, max_steps=3, save_steps=2)
     first.train()
     for key, value in model.state_dict().items():
-        assert torch.equal(value, start[key]) is key.endswith(("polyattn.radius", "polyattn.settings")), key
+        fixed = tuple(f"polyattn.{name}" for name in ("coefficients", "directions", "radius", "settings"))
+        assert torch.equal(value, start[key]) is key.endswith(fixed), key
 
     decay = {group["weight_decay"]: group["params"] for group in first.optimizer.param_groups}
     assert set(decay) == {0.0, 0.5}

@@ -66,7 +66,7 @@ def test_peft_trains_saves_and_merges_coefficients(pretrained: Any, polynomial: 
 
     inputs = batch("llama")
     base = polynomial(pretrained("llama", "AutoModelForCausalLM"))
-    before = [layer.coefficients.clone() for _, layer in patched_layers(base)]
+    before = [layer.changed_coefficients() for _, layer in patched_layers(base)]
     model = lora(copy.deepcopy(base), modules_to_save=["polyattn"])
     start = output(model, inputs)
     assert torch.equal(start, output(base, inputs))
@@ -74,7 +74,7 @@ def test_peft_trains_saves_and_merges_coefficients(pretrained: Any, polynomial: 
     trained = output(model, inputs)
     assert not torch.equal(trained, start)
     for (_, layer), old in zip(patched_layers(model), before, strict=True):
-        assert not torch.equal(layer.coefficients, old)
+        assert not torch.equal(layer.changed_coefficients(), old)
 
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -84,7 +84,7 @@ def test_peft_trains_saves_and_merges_coefficients(pretrained: Any, polynomial: 
     layers = patched_layers(merged)
     assert [type(merged.get_submodule(path).polyattn) for path, _ in layers] == [PolyAttention] * 5
     for (_, layer), (_, expected) in zip(layers, patched_layers(model), strict=True):
-        assert torch.equal(layer.coefficients, expected.coefficients)
+        assert torch.equal(layer.changed_coefficients(), expected.changed_coefficients())
     # Merging adds the LoRA product to the weights: the same numbers in another order of float32 sums.
     torch.testing.assert_close(output(merged, inputs), trained, rtol=1e-3, atol=1e-3)
 
@@ -100,12 +100,13 @@ def test_peft_loads_trained_polynomials_onto_an_uncalibrated_model(pretrained: A
 
 def test_peft_without_modules_to_save_freezes_the_polynomials(pretrained: Any, polynomial: Any, batch: Any) -> None:
     model = lora(polynomial(pretrained("llama", "AutoModelForCausalLM")))
-    before = [layer.coefficients.clone() for _, layer in patched_layers(model)]
+    before = [layer.changed_coefficients() for _, layer in patched_layers(model)]
     start = output(model, batch("llama"))
     train_step(model, batch("llama"), 0.05)
     assert not torch.equal(output(model, batch("llama")), start)
     assert all(
-        torch.equal(layer.coefficients, old) for (_, layer), old in zip(patched_layers(model), before, strict=True)
+        torch.equal(layer.changed_coefficients(), old)
+        for (_, layer), old in zip(patched_layers(model), before, strict=True)
     )
 
 
@@ -186,7 +187,7 @@ def test_frozen_polynomials_get_no_gradients(learnable: bool, pretrained: Any, p
     assert model.transformer.wte.weight.grad.norm() > 0
     for _, layer in patched_layers(model):
         for name, parameter in layer.named_parameters():
-            trains = learnable and name != "radius"
+            trains = learnable and name not in ("coefficients", "directions", "radius")
             assert parameter.requires_grad is trains, name
             assert (parameter.grad is not None and bool(parameter.grad.any())) is trains, name
 
@@ -194,7 +195,7 @@ def test_frozen_polynomials_get_no_gradients(learnable: bool, pretrained: Any, p
 def test_only_what_the_config_uses_is_trainable(pretrained: Any) -> None:
     model = hp.patch_model(pretrained("gpt2-zinc"), "poly3")
     _, layer = patched_layers(model)[0]
-    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["coefficients"]
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["delta"]
 
 
 CASTS = {
@@ -219,7 +220,7 @@ def test_polynomials_stay_float32_when_the_model_is_cast(
     assert model.dtype in (torch.bfloat16, torch.float16)
     after = {key: value for key, value in model.state_dict().items() if "polyattn" in key}
     assert all(torch.equal(after[key], value) and after[key].dtype == torch.float32 for key, value in before.items())
-    assert len(before) == 4 * 5
+    assert len(before) == 6 * 5
     actual = output(model, batch("llama"))
     assert actual.dtype == model.dtype
     assert not torch.equal(actual.float(), expected)

@@ -114,7 +114,7 @@ def test_polynomials_have_their_own_rate_and_no_decay(run: Run, checkpoint: Call
     hf_polyattn.patch_model(model, "poly3")
     groups = trainer.PolyAttentionTrainer(model=model, args=arguments).create_optimizer().param_groups
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    polynomial = {settings[id(layer.coefficients)] for _, layer in patched_layers(model)}
+    polynomial = {settings[id(layer.delta)] for _, layer in patched_layers(model)}
     assert polynomial == {(2e-3, 0.0)}
     assert settings[id(model.get_input_embeddings().weight)] == (1e-4, 0.1)
     assert groups[0]["lr"] == 1e-4  # the rate that is logged

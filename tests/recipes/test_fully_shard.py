@@ -125,7 +125,7 @@ def gradients(model, rows):
     loss = model(input_ids=rows, labels=rows, use_cache=False).loss
     loss.backward()
     children = [layer.self_attn.polyattn for layer in model.model.layers]
-    return loss.detach(), [child.coefficients.grad for child in children]
+    return loss.detach(), [child.delta.grad for child in children]
 
 whole = patched()
 expected_loss, expected = gradients(whole, tokens)
@@ -228,7 +228,7 @@ distributed.all_reduce(found)
 with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
     state = sharded.state_dict()
 if rank == 0:
-    trained = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith("coefficients")}
+    trained = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith("delta")}
     print(json.dumps({
         "layers": layers,
         "names": sorted(state) == sorted(before),

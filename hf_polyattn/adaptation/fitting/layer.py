@@ -173,7 +173,7 @@ class LayerFit:
     def write(self) -> None:
         """Copies what was chosen into the module, which has the config."""
         radius = self.width / 2.0
-        self.child.coefficients.copy_(self.coefficients[: self.child.coefficients.shape[0]])
+        self.child.set_coefficients(self.coefficients[: self.child.coefficients.shape[0]], self.config.spec)
         self.child.radius.copy_(radius)
         self.shift.write(self.child, self.top, radius)
         for fitted, module in zip(self.refinements, self.child.refinements or (), strict=True):

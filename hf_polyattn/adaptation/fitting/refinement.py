@@ -66,7 +66,7 @@ class FittedRefinement:
     def write(self, module: Refinement, top: Tensor, radius: Tensor) -> None:
         """Copies this refinement into a module, whose attention has the interval [top − 2 · radius, top], (H,) each."""
         tops, radii = self.interval.tops[0], self.interval.widths[0] / 2.0
-        module.coefficients.copy_(self.coefficients[: module.coefficients.shape[0]])
+        module.set_coefficients(self.coefficients[: module.coefficients.shape[0]], self.spec)
         module.steps.copy_(self.steps)
         module.center.copy_((tops - radii) - (top - radius))
         module.radius.copy_(radii)
