@@ -102,7 +102,12 @@ def speed() -> str:
 def models() -> str:
     """Returns the time of whole models divided by softmax's."""
     rows = [
-        [row["model"], row["dtype"], row["spec"], *(f"{row[kind]['latency']:.2f}" for kind in ("infer", "train"))]
+        [
+            f"{row['model']}, {row['batch']} × {row['length']}",
+            row["dtype"],
+            row["spec"],
+            *(f"{row[kind]['latency']:.2f}" for kind in ("infer", "train")),
+        ]
         for row in read("benchmarks/cpu.json")["models"]
     ]
     return table(["model", "dtype", "polynomial", "inference", "training step"], rows)

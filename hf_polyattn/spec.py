@@ -102,6 +102,10 @@ class Polynomial:
         return tuple(1.0 / (math.factorial(k) * self.power**k) for k in range(self.degree + 1))
 
 
+#: Fields of a `PolyAttentionConfig` that calibration sets.
+CALIBRATED = ("interval", "clamp", "key_shift", "row_shift", "squares", "lengths")
+
+
 @dataclass(frozen=True, slots=True)
 class PolyAttentionConfig:
     """Which attention modules become polynomial, and with what.

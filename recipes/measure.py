@@ -115,7 +115,7 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
     if (folder / RESULTS).exists():
         return
     words = {
-        "model": checkpoint(row["checkpoint"], arguments.checkpoints),
+        "model": checkpoint(row, arguments.checkpoints),
         **({"from_scratch": True, "norms": True} if "grid" in row else {}),
         **({"dataset": arguments.datasets / row["dataset"]} if "dataset" in row else {}),
         **row["words"],
@@ -133,10 +133,13 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
     launch(command)
 
 
-def checkpoint(name: str, folder: Path) -> Path:
-    """Returns where a checkpoint is; ends the process if it is in a package that is not installed."""
+def checkpoint(row: Mapping[str, Any], folder: Path) -> Path:
+    """Returns where a row's checkpoint is; ends the process if it is in a package that is not installed."""
+    name = row["checkpoint"]
+    if "grid" in row and not (folder / name).exists():  # from scratch a model type of Transformers will do
+        return Path(name)
     if name not in PACKAGES:
-        return folder / name if (folder / name).exists() else Path(name)  # or a model type of Transformers
+        return folder / name
     try:
         return Path(str(files(PACKAGES[name]) / "model"))
     except ModuleNotFoundError:

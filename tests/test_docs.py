@@ -101,7 +101,7 @@ def test_code_of_a_page_runs_from_top_to_bottom(
 def test_every_page_with_code_is_seen_and_little_is_left_out() -> None:
     codes = [code for page in PYTHON.values() for code in page]
     assert len(codes) > 15
-    assert sum(code.startswith(NOT_RUN) for code in codes) == 1
+    assert sum(code.startswith(NOT_RUN) for code in codes) == 2
     assert {"guides/convert.md", "guides/when-quality-drops.md", "index.md"} <= set(PYTHON)
 
 
@@ -116,6 +116,13 @@ def test_commands_name_what_there_is(command: str) -> None:
             text=True,
             check=True,
             env={**os.environ, "TERMINAL_WIDTH": "200", "COLUMNS": "200"},
+        ).stdout
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
+    elif words[0] == "python":  # the recipe in an environment of its own
+        help_ = subprocess.run(
+            [sys.executable, *words[1:]], capture_output=True, text=True, check=True, cwd=ROOT
         ).stdout
     else:
         assert words[:2] == ["accelerate", "launch"]
@@ -132,6 +139,8 @@ def test_figures_in_the_text_are_generated() -> None:
     """Tables of measured figures come from the JSON files when the pages are built, never from hand."""
     for page in PAGES:
         text = BLOCK.sub("", (DOCS / page).read_text())
+        if page == "private_inference.md":  # held to its JSON by tests/recipes/test_private_inference.py
+            continue
         assert not re.findall(r"\|[^|\n]*\b0\.\d{3,}", text), page
 
 

@@ -59,7 +59,9 @@ def test_speed() -> None:
 
 def test_adaptation() -> None:
     rows = re.findall(r"^\| \[.*?\]\(model_cards/(.*?)\.md\) \|(.*)\|$", README, re.M)
-    assert {name for name, _ in rows} == {file.stem for file in (ROOT / "model_cards").glob("*.json")}
+    assert {name for name, _ in rows} == {
+        file.stem for file in (ROOT / "model_cards").glob("*.json") if not file.stem.startswith("from-scratch")
+    }
     for name, cells in rows:
         data = read(f"model_cards/{name}.json")
         summary = {arm: next(iter(measures.values()))["mean"] for arm, measures in data["summary"].items()}

@@ -20,7 +20,7 @@ from ..errors import InputError, PatchError
 from ..patching.core import is_patched
 from ..patching.governing import change_specs, reconfigure
 from ..patching.patched import patched_layers
-from ..spec import Polynomial
+from ..spec import CALIBRATED, Polynomial
 from ..tables import format_table
 from .calibration import calibrate, fit_layers, same_shift, write_fits
 from .capture import Replay, take_batches
@@ -184,9 +184,7 @@ class _Snapshot:
         self.model = model
         self.specs = {path: child.config.spec for path, child in patched_layers(model)}
         child = patched_layers(model)[0][1].config
-        self.switches = {
-            name: getattr(child, name) for name in ("interval", "clamp", "key_shift", "row_shift", "squares", "lengths")
-        }
+        self.switches = {name: getattr(child, name) for name in CALIBRATED}
         self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def restore(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..patching.patch import patch_model
 from ..spec import PolyAttentionConfig, Polynomial
-from .cases import SPECS, dtype_name
+from .cases import SPECS, Spec, dtype_name
 from .timing import alternate
 
 
@@ -48,50 +48,71 @@ def _llama() -> Any:
     )  # fmt: skip
 
 
-# Random weights of real shapes: the speed is that of the checkpoint. Batch and length are the input's.
-MODELS: dict[str, dict[str, tuple[Callable[[], Any], int, int]]] = {
-    "cpu": {"MiniLM-L6": (partial(_bert, 6, 384, 12), 8, 128), "ViT-tiny": (partial(_vit, 192, 3), 4, 197)},
+#: Squares of queries that `calibrate` tries.
+SQUARES = 8
+
+# Random weights of real shapes: the speed is that of the checkpoint. Batches and lengths are the inputs'.
+MODELS: dict[str, dict[str, tuple[Callable[[], Any], tuple[tuple[int, int], ...]]]] = {
+    "cpu": {
+        "MiniLM-L6": (partial(_bert, 6, 384, 12), ((1, 16), (1, 128), (8, 128), (4, 512))),
+        "ViT-tiny": (partial(_vit, 192, 3), ((1, 197), (4, 197))),
+    },
     "cuda": {
-        "BERT-base": (partial(_bert, 12, 768, 12), 32, 512),
-        "GPT-2": (_gpt2, 16, 1024),
-        "Llama-1B": (_llama, 2, 4096),
-        "ViT-B": (partial(_vit, 768, 12), 64, 197),
+        "BERT-base": (partial(_bert, 12, 768, 12), ((32, 512),)),
+        "GPT-2": (_gpt2, ((16, 1024),)),
+        "Llama-1B": (_llama, ((2, 4096),)),
+        "ViT-B": (partial(_vit, 768, 12), ((64, 197),)),
     },
 }
 
 
 def time_models(device: str, dtype: torch.dtype, repeats: int) -> Iterator[list[dict[str, Any]]]:
     """Yields one row for each spec of a model: milliseconds of inference and of a training step next to SDPA's."""
-    for name, (make, batch, length) in MODELS[device].items():
+    for name, (make, shapes) in MODELS[device].items():
         with torch.device(device):
             original = make().to(dtype).eval()
             original.set_attn_implementation("sdpa")
-            inputs = _inputs(original, batch, length, dtype)
         contestants = {"softmax": original}
         for spec in SPECS:
             patched = make().to(device, dtype).eval()
             patched.load_state_dict(original.state_dict())
-            config = PolyAttentionConfig(
-                Polynomial.parse(spec.spec),
-                learnable=spec.calibrated,
-                interval=spec.calibrated,
-                clamp=spec.calibrated,
-                key_shift=spec.calibrated,
-            )
-            contestants[str(spec)] = patch_model(patched, config)
-        times = {
-            kind: alternate({key: partial(run, model, inputs) for key, model in contestants.items()}, repeats, device)
-            for kind, run in (("infer", _infer), ("train", _train))
-        }
-        rows = []
-        for spec in SPECS:
-            row: dict[str, Any] = {"model": name, "batch": batch, "length": length, "dtype": dtype_name(dtype)}
-            row["spec"] = str(spec)
-            for kind, ms in times.items():
-                ours, softmax = ms[str(spec)], ms["softmax"]
-                row[kind] = {"ms": ours, "softmax_ms": softmax, "latency": round(ours / softmax, 3)}
-            rows.append(row)
-        yield rows
+            contestants[str(spec)] = patch_model(patched, _config(spec))
+        for batch, length in shapes:
+            with torch.device(device):
+                inputs = _inputs(original, batch, length, dtype)
+            about = {"model": name, "batch": batch, "length": length, "dtype": dtype_name(dtype)}
+            yield _time(contestants, inputs, about, repeats, device)
+
+
+def _config(spec: Spec) -> PolyAttentionConfig:
+    """Returns what `calibrate` makes of a spec on most checkpoints: powers have a linear row shift, others moments."""
+    polynomial, calibrated = Polynomial.parse(spec.spec), spec.calibrated
+    moments = calibrated and polynomial.power == 1
+    return PolyAttentionConfig(
+        polynomial,
+        learnable=calibrated,
+        interval=calibrated,
+        clamp=calibrated,
+        row_shift="moments" if moments else "linear" if calibrated else "none",
+        squares=SQUARES if moments else 0,
+    )
+
+
+def _time(
+    contestants: dict[str, Any], inputs: dict[str, Tensor], about: dict[str, Any], repeats: int, device: str
+) -> list[dict[str, Any]]:
+    times = {
+        kind: alternate({key: partial(run, model, inputs) for key, model in contestants.items()}, repeats, device)
+        for kind, run in (("infer", _infer), ("train", _train))
+    }
+    rows = []
+    for spec in SPECS:
+        row = {**about, "spec": str(spec)}
+        for kind, ms in times.items():
+            ours, softmax = ms[str(spec)], ms["softmax"]
+            row[kind] = {"ms": ours, "softmax_ms": softmax, "latency": round(ours / softmax, 3)}
+        rows.append(row)
+    return rows
 
 
 def _inputs(model: Any, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -20,7 +20,12 @@ def tables(results: dict[str, Any]) -> str:
             format_table(("case", "dtype", "polynomial", "forward", "forward+backward"), rows),
         ]
     latencies = [
-        (row["model"], row["dtype"], row["spec"], *(f"{row[kind]['latency']:.2f}" for kind in ("infer", "train")))
+        (
+            f"{row['model']} {row['batch']} × {row['length']}",
+            row["dtype"],
+            row["spec"],
+            *(f"{row[kind]['latency']:.2f}" for kind in ("infer", "train")),
+        )
         for row in results["models"]
     ]
     if latencies:

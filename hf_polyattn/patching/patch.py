@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PatchError
 from ..ops.backends import check_name
-from ..spec import PolyAttentionConfig, Polynomial
+from ..spec import CALIBRATED, PolyAttentionConfig, Polynomial
 from .core import CHILD_NAME, PolyAttention, is_patched
 from .description import table_of
 from .families import AttentionSite, attention_sites
@@ -192,9 +192,7 @@ def _require_same(root: PreTrainedModel, sites: list[AttentionSite], config: Pol
         patched = CHILD_NAME in site.module._modules
         current = active_child(site.module).config if patched else None
         if asked is not None and current is not None:
-            calibrated = {
-                name: getattr(current, name) for name in ("interval", "clamp", "key_shift", "row_shift", "squares")
-            }
+            calibrated = {name: getattr(current, name) for name in CALIBRATED}
             if current in (asked, dataclasses.replace(asked, **calibrated)):
                 continue
         if (asked or current) is not None:

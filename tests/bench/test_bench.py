@@ -21,7 +21,7 @@ from hf_polyattn.bench.verification import VerificationError
 from hf_polyattn.errors import InputError
 
 SMALL = (Case(2, 4, 2, 33, 16, True), Case(1, 2, 2, 40, 8, queries=1))
-TINY = {"tiny": (partial(_bert, 1, 32, 2), 2, 12), "tiny-vit": (partial(_vit, 32, 2), 1, 197)}
+TINY = {"tiny": (partial(_bert, 1, 32, 2), ((2, 12), (1, 20))), "tiny-vit": (partial(_vit, 32, 2), ((1, 197),))}
 
 
 def test_bench_writes_ratios_of_verified_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -38,7 +38,11 @@ def test_bench_writes_ratios_of_verified_cases(monkeypatch: pytest.MonkeyPatch, 
         times = row["forward"]
         assert times["speedup"] == pytest.approx(times["softmax_ms"]["sdpa"] / times["ms"], rel=0.1)
         assert times["limit_speedup"] > times["speedup"]  # these cases are too small to come near it
-    assert {row["model"] for row in results["models"]} == set(TINY)
+    assert {(row["model"], row["length"]) for row in results["models"]} == {
+        ("tiny", 12),
+        ("tiny", 20),
+        ("tiny-vit", 197),
+    }
     for row in results["models"]:
         assert row["train"]["latency"] == pytest.approx(row["train"]["ms"] / row["train"]["softmax_ms"], rel=0.1)
     (memory,) = results["memory"]
