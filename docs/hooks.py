@@ -108,7 +108,7 @@ def models() -> str:
             row["spec"],
             *(f"{row[kind]['latency']:.2f}" for kind in ("infer", "train")),
         ]
-        for row in read("benchmarks/cpu.json")["models"]
+        for row in read("benchmarks/cpu_models.json")["models"]
     ]
     return table(["model", "dtype", "polynomial", "inference", "training step"], rows)
 

@@ -71,7 +71,7 @@ class LinearFit:
         for candidate in range(len(self.intervals)):
             f, _ = self._equations.features(rows, shifted, candidate)
             f = f * scale.unsqueeze(-1)
-            self._equations.add(candidate, f, torch.einsum("kbhtd,bhtd->hk", f.double(), target))
+            self._equations.add(candidate, f, target=target)
 
     def solve(self) -> None:
         """Solves the normal equations."""

@@ -30,10 +30,20 @@ class NormalEquations:
             sums.append(power.sum(-1))
         return torch.stack(features), torch.stack(sums)
 
-    def add(self, candidate: int, features: Tensor, linear: Tensor) -> None:
-        """Adds rows of g, (K, b, H, Tq, Dv), and their part of the linear term, (H, K)."""
-        g = features.permute(2, 0, 1, 3, 4).flatten(2).double()
+    def add(self, candidate: int, features: Tensor, linear: Tensor | None = None, target: Tensor | None = None) -> None:
+        """Adds rows of g, (K, b, H, Tq, Dv), and their part of the linear term.
+
+        Args:
+            candidate: whose equations.
+            features: g.
+            linear: (H, K); None for the products of g and a target.
+            target: (b, H, Tq, Dv), float64.
+        """
+        g = features.permute(2, 0, 1, 3, 4).flatten(2).double()  # (H, K, rows)
         self.matrix[candidate] += g @ g.transpose(1, 2)
+        if linear is None:
+            assert target is not None
+            linear = (g @ target.transpose(0, 1).flatten(1).unsqueeze(-1)).squeeze(-1)
         self.linear[candidate] += linear
 
     def pooled(self) -> tuple[Tensor, Tensor]:

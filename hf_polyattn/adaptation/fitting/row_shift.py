@@ -174,7 +174,8 @@ class RowShift:
 
     def of(self, rows: Rows) -> Tensor:
         """Returns the predicted s_i, (b, H, Tq)."""
-        return torch.einsum("bhtf,hf->bht", self._features(rows), self._solution.float())
+        shift: Tensor = torch.linalg.vecdot(self._features(rows), self._solution.float()[:, None])
+        return shift
 
     def write(self, child: PolyAttention, top: Tensor, radius: Tensor) -> None:
         """Gives a module this shift: its intervals become s_i + [top − 2 · radius, top]; both are (H,)."""
@@ -211,7 +212,7 @@ class Directions:
         """Adds rows."""
         left = ((self.shift.target(rows) - self.shift.of(rows)) * rows.weight).double()
         query = (rows.query * rows.scaling).double() - self.shift._mean[:, None, : self.shift.head_dim]
-        self._left += torch.einsum("bht,bhti,bhtj->hij", left, query, query)
+        self._left += torch.einsum("bhti,bhtj->hij", query * left.unsqueeze(-1), query)
         query = query * rows.weight.unsqueeze(-1)
         self._square += torch.einsum("bhti,bhtj->hij", query, query)
 

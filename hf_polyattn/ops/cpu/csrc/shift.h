@@ -32,6 +32,30 @@ struct Shift {
   bool rows_see_the_same() const { return !causal && !window && (!ranges || ranges.strides[1] == 0); }
 };
 
+constexpr int64_t kSharing = 8;    // rows of a product that share what they load
+constexpr int64_t kBlockRows = 64;  // queries that are looked at together, a multiple of it
+
+// to = a · b, (rows, columns) of (rows, depth) and (depth, columns): rows in multiples of kSharing, columns of kPad.
+// The rows of b and of the result are `stride` apart. With kTransposed a is stored (depth, rows).
+template <bool kTransposed>
+void small_product(const float* a, int64_t a_stride, const float* b, int64_t stride, int64_t rows, int64_t depth,
+                   int64_t columns, float* to) {
+  for (int64_t i = 0; i < rows; i += kSharing) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Vec sums[kSharing];
+      for (Vec& sum : sums) sum = Vec(0.0f);
+      for (int64_t d = 0; d < depth; ++d) {
+        const Vec from = Vec::loadu(b + d * stride + c);
+        for (int64_t r = 0; r < kSharing; ++r) {
+          const float factor = kTransposed ? a[d * a_stride + i + r] : a[(i + r) * a_stride + d];
+          sums[r] = at::vec::fmadd(Vec(factor), from, sums[r]);
+        }
+      }
+      for (int64_t r = 0; r < kSharing; ++r) sums[r].store(to + (i + r) * stride + c);
+    }
+  }
+}
+
 // The sum of a[d] · b[d].
 inline float dot(const float* a, const float* b, int64_t count) {
   Vec sum(0.0f);
@@ -40,14 +64,6 @@ inline float dot(const float* a, const float* b, int64_t count) {
   float total = at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
   for (; d < count; ++d) total += a[d] * b[d];
   return total;
-}
-
-// to += factor · from
-inline void add(float factor, const float* from, int64_t count, float* to) {
-  const Vec f(factor);
-  int64_t d = 0;
-  for (; d + kLanes <= count; d += kLanes) at::vec::fmadd(f, Vec::loadu(from + d), Vec::loadu(to + d)).store(to + d);
-  for (; d < count; ++d) to[d] += factor * from[d];
 }
 
 template <typename scalar_t>
@@ -60,45 +76,73 @@ struct Moments {
   float mean = 0.0f, variance = 0.0f;
 };
 
-// Of rows that all see the keys `seen`.
-struct OfKeys {
-  std::vector<float> mean, covariance, product;
-
-  OfKeys(const float* keys, Range seen, int64_t dim) : mean(dim), covariance(dim * dim), product(dim) {
-    const int64_t count = seen.stop - seen.start;
-    if (count == 0) return;
-    for (int64_t j = seen.start; j < seen.stop; ++j) add(1.0f, keys + j * dim, dim, mean.data());
-    for (float& m : mean) m /= static_cast<float>(count);
-    std::vector<float> centered(dim);
-    for (int64_t j = seen.start; j < seen.stop; ++j) {
-      for (int64_t d = 0; d < dim; ++d) centered[d] = keys[j * dim + d] - mean[d];
-      for (int64_t d = 0; d < dim; ++d) add(centered[d], centered.data(), dim, covariance.data() + d * dim);
-    }
-    for (float& c : covariance) c /= static_cast<float>(count);
+inline float sum_of(const float* values, int64_t count, float less, bool squared) {
+  const Vec shift(less);
+  Vec sum(0.0f);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const Vec x = Vec::loadu(values + j) - shift;
+    sum = squared ? at::vec::fmadd(x, x, sum) : sum + x;
   }
-  Moments operator()(const float* query, int64_t dim) {
-    std::fill(product.begin(), product.end(), 0.0f);
-    for (int64_t d = 0; d < dim; ++d) add(query[d], covariance.data() + d * dim, dim, product.data());
-    return {dot(query, mean.data(), dim), std::max(0.0f, dot(product.data(), query, dim))};
+  float total = at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum);
+  for (; j < count; ++j) {
+    const float x = values[j] - less;
+    total += squared ? x * x : x;
+  }
+  return total;
+}
+
+// Of a row's visible scores.
+inline Moments of_scores(const float* scores, int64_t count) {
+  if (count == 0) return {};
+  const auto n = static_cast<float>(count);
+  const float mean = sum_of(scores, count, 0.0f, false) / n;
+  return {mean, sum_of(scores, count, mean, true) / n};
+}
+
+// What the queries of a head are multiplied by, side by side: the covariance of the keys, if all rows see the same, and
+// kKeyMean, kKeyShift, kLengthShift and the directions of the squares.
+enum Column : int64_t { kKeyMean, kKeyShift, kLengthShift, kDirections };
+
+struct Matrix {
+  int64_t dim, covariance, columns;  // columns of the covariance, and of all
+  std::vector<float> values;         // (dim, columns), the rows of the covariance padded
+
+  Matrix(const Shift& shift, bool by_keys)
+      : dim(shift.head_dim),
+        covariance(by_keys ? round_up(dim, kPad) : 0),
+        columns(covariance + round_up(kDirections + shift.squares, kPad)),
+        values(round_up(dim, kSharing) * columns) {}
+
+  void set(Column column, int64_t number, const float* from) {
+    for (int64_t d = 0; d < dim; ++d) values[d * columns + covariance + column + number] = from[d];
+  }
+
+  // Takes mean and covariance of keys that lie `covariance` columns apart, the last ones 0; they are centered in place.
+  void take(float* keys, Range seen) {
+    const int64_t count = seen.stop - seen.start, width = covariance;
+    if (count == 0) return;
+    std::vector<float> mean(width), products(round_up(dim, kSharing) * width);
+    float* first = keys + seen.start * width;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t d = 0; d < width; ++d) mean[d] += first[j * width + d];
+    }
+    for (float& m : mean) m /= static_cast<float>(count);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t d = 0; d < width; ++d) first[j * width + d] -= mean[d];
+    }
+    small_product<true>(first, width, first, width, round_up(dim, kSharing), count, width, products.data());
+    for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t c = 0; c < width; ++c) {
+        values[d * columns + c] = products[d * width + c] / static_cast<float>(count);
+      }
+    }
+    set(kKeyMean, 0, mean.data());
   }
 };
 
-// Of a row's scores, which stand in `scores`.
-inline Moments of_scores(const float* query, const float* keys, Range seen, int64_t dim, float* scores) {
-  const int64_t count = seen.stop - seen.start;
-  if (count == 0) return {};
-  double sum = 0.0, square = 0.0;
-  for (int64_t j = 0; j < count; ++j) {
-    scores[j] = dot(query, keys + (seen.start + j) * dim, dim);
-    sum += scores[j];
-  }
-  const auto mean = static_cast<float>(sum / static_cast<double>(count));
-  for (int64_t j = 0; j < count; ++j) square += (scores[j] - mean) * (scores[j] - mean);
-  return {mean, static_cast<float>(square / static_cast<double>(count))};
-}
-
-// s_i less the key shift; `query` is scaled.
-inline float predicted(const Shift& shift, int64_t h, const float* query, Moments of, int64_t count) {
+// s_i less the key shift; `along` are the products of the row's scaled query with the columns of the matrix.
+inline float predicted(const Shift& shift, int64_t h, const float* along, Moments of, int64_t count) {
   const auto n = static_cast<float>(std::max<int64_t>(1, count));
   const float known = std::min(std::max(n, shift.fewest), shift.most), log_known = std::log(known);
   const float m = of.mean, v = of.variance;
@@ -107,34 +151,124 @@ inline float predicted(const Shift& shift, int64_t h, const float* query, Moment
   float s = m + v / 2.0f + (1.0f - shift.alpha) * std::log(n);
   for (int64_t f = 0; f < kFeatures; ++f) s += weights[f] * (features[f] - means[f]);
   for (int64_t r = 0; r < shift.squares; ++r) {
-    const float along = dot(query, shift.directions(h, r, 0), shift.head_dim);
-    s += weights[kFeatures + r] * (along * along - means[kFeatures + r]);
+    const float of_direction = along[kDirections + r];
+    s += weights[kFeatures + r] * (of_direction * of_direction - means[kFeatures + r]);
   }
-  return s + (log_known - means[kLogN]) * dot(query, shift.length_shift(h, 0, 0), shift.head_dim);
+  return s + (log_known - means[kLogN]) * along[kLengthShift];
 }
+
+// The scores of a block of rows, from keys that are stored (dim, keys), or of fewer rows from keys as they lie.
+struct Scores {
+  int64_t dim, width;
+  std::vector<float> keys, values;  // (dim, width); (kBlockRows, width)
+
+  Scores(int64_t dim, int64_t k_len, int64_t rows)
+      : dim(dim), width(round_up(k_len, kPad)), keys(dim * width), values(round_up(rows, kSharing) * width) {}
+
+  void set(int64_t number, const float* key) {
+    for (int64_t d = 0; d < dim; ++d) keys[d * width + number] = key[d];
+  }
+  void of(const float* queries, int64_t rows, Range seen) {
+    const int64_t start = seen.start / kPad * kPad;
+    small_product<false>(queries, dim, keys.data() + start, width, round_up(rows, kSharing), dim,
+                         round_up(seen.stop - start, kPad), values.data() + start);
+  }
+};
+
+// A key head: what its rows are looked at with, and how their moments are found.
+template <typename scalar_t>
+struct KeyHead {
+  const Shift& shift;
+  const View<scalar_t>& all_keys;
+  int64_t b, g, dim, width;
+  bool moments, by_keys, transposed;  // else the keys are read for each row: once, or little more
+  std::vector<float> keys, own_scores;
+  Matrix matrix;
+  Scores scores;
+
+  KeyHead(const Shift& shift, const View<scalar_t>& all_keys, int64_t b, int64_t g)
+      : shift(shift),
+        all_keys(all_keys),
+        b(b),
+        g(g),
+        dim(shift.head_dim),
+        width(round_up(dim, kPad)),
+        moments(static_cast<bool>(shift.weights)),
+        by_keys(moments && shift.rows_see_the_same() && shift.q_len > 1 && shift.k_len > dim),
+        transposed(moments && !by_keys && repeats() * shift.q_len >= kSharing),
+        keys(by_keys ? shift.k_len * width : dim),
+        own_scores(moments && !by_keys && !transposed ? shift.k_len : 0),
+        matrix(shift, by_keys),
+        scores(transposed ? dim : 0, shift.k_len, std::min(kBlockRows, shift.q_len)) {
+    for (int64_t j = 0; (by_keys || transposed) && j < shift.k_len; ++j) {
+      float* key = keys.data() + (by_keys ? j * width : 0);
+      read(all_keys(b, g, j), 1.0f, dim, key);
+      if (transposed) scores.set(j, key);
+    }
+    if (by_keys) matrix.take(keys.data(), seen_by(0));
+  }
+
+  int64_t repeats() const { return shift.heads / shift.groups; }
+  Range seen_by(int64_t i) const {
+    return visible_keys(b, i, shift.k_len, shift.causal, shift.window, shift.ranges);
+  }
+
+  void take_head(int64_t h) {
+    matrix.set(kKeyShift, 0, shift.key_shift(h, 0, 0));
+    if (moments) matrix.set(kLengthShift, 0, shift.length_shift(h, 0, 0));
+    for (int64_t r = 0; r < shift.squares; ++r) matrix.set(kDirections, r, shift.directions(h, r, 0));
+  }
+
+  // Looks at rows `start`, start + 1, … whose scaled queries are given.
+  void look(const float* queries, int64_t start, int64_t rows, float* products) {
+    small_product<false>(queries, dim, matrix.values.data(), matrix.columns, round_up(rows, kSharing), dim,
+                         matrix.columns, products);
+    if (!transposed) return;
+    Range any{shift.k_len, 0};
+    for (int64_t i = 0; i < rows; ++i) {
+      const Range seen = seen_by(start + i);
+      any = {std::min(any.start, seen.start), std::max(any.stop, seen.stop)};
+    }
+    if (any.stop > any.start) scores.of(queries, rows, any);
+  }
+
+  // The moments of the i-th of the rows that were looked at.
+  Moments of(int64_t i, Range seen, const float* query, const float* product) {
+    const int64_t count = seen.stop - seen.start;
+    if (by_keys) return {product[matrix.covariance + kKeyMean], std::max(0.0f, dot(product, query, dim))};
+    if (transposed) return of_scores(scores.values.data() + i * scores.width + seen.start, count);
+    for (int64_t j = 0; j < count; ++j) {
+      read(all_keys(b, g, seen.start + j), 1.0f, dim, keys.data());
+      own_scores[j] = dot(query, keys.data(), dim);
+    }
+    return of_scores(own_scores.data(), count);
+  }
+};
 
 // The centers of the rows of all heads that share a key head.
 template <typename scalar_t>
 void shift_group(const Shift& shift, const View<scalar_t>& queries, const View<scalar_t>& all_keys, int64_t b,
                  int64_t g, float* centers) {
-  const int64_t dim = shift.head_dim, repeats = shift.heads / shift.groups;
-  const bool moments = static_cast<bool>(shift.weights);
-  std::vector<float> keys(moments ? shift.k_len * dim : 0), scores(moments ? shift.k_len : 0), query(dim);
-  for (int64_t j = 0; moments && j < shift.k_len; ++j) read(all_keys(b, g, j), 1.0f, dim, keys.data() + j * dim);
-  const bool by_keys = moments && shift.rows_see_the_same() && shift.q_len > 1 && shift.k_len > dim;
-  optional<OfKeys> of_keys;
-  for (int64_t h = g * repeats; h < (g + 1) * repeats; ++h) {
-    for (int64_t i = 0; i < shift.q_len; ++i) {
-      read(queries(b, h, i), shift.scaling, dim, query.data());
-      float center = *shift.center(h, 0, 0) + dot(query.data(), shift.key_shift(h, 0, 0), dim);
-      if (moments) {
-        const Range seen = visible_keys(b, i, shift.k_len, shift.causal, shift.window, shift.ranges);
-        if (by_keys && !of_keys) of_keys.emplace(keys.data(), seen, dim);
-        const Moments own = by_keys ? (*of_keys)(query.data(), dim)
-                                    : of_scores(query.data(), keys.data(), seen, dim, scores.data());
-        center += predicted(shift, h, query.data(), own, seen.stop - seen.start);
+  const int64_t dim = shift.head_dim;
+  KeyHead<scalar_t> head(shift, all_keys, b, g);
+  const int64_t columns = head.matrix.columns;
+  std::vector<float> block(kBlockRows * dim), products(kBlockRows * columns);
+  for (int64_t h = g * head.repeats(); h < (g + 1) * head.repeats(); ++h) {
+    head.take_head(h);
+    for (int64_t start = 0; start < shift.q_len; start += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, shift.q_len - start);
+      for (int64_t i = 0; i < rows; ++i) read(queries(b, h, start + i), shift.scaling, dim, block.data() + i * dim);
+      head.look(block.data(), start, rows, products.data());
+      for (int64_t i = 0; i < rows; ++i) {
+        const float *product = products.data() + i * columns, *along = product + head.matrix.covariance;
+        float center = *shift.center(h, 0, 0) + along[kKeyShift];
+        if (head.moments) {
+          const Range seen = head.seen_by(start + i);
+          const Moments own = head.of(i, seen, block.data() + i * dim, product);
+          center += predicted(shift, h, along, own, seen.stop - seen.start);
+        }
+        centers[(b * shift.heads + h) * shift.q_len + start + i] = center;
       }
-      centers[(b * shift.heads + h) * shift.q_len + i] = center;
     }
   }
 }
