@@ -1,7 +1,8 @@
-"""Models, processors and batches by name, for the command line."""
+"""Models, processors and batches by name, for the command line; and sentences for want of a data set."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,30 @@ def _rows(data: str, config: str | None, split: str) -> Any:
 
 def _fits(value: Any, text: bool) -> bool:
     return isinstance(value, str) if text else hasattr(value, "convert")
+
+
+# Paragraphs of pydoc_data.topics with such a line are code, grammar, tables and headings.
+_NOT_PROSE = re.compile(r"^\s*(>>>|\.\.\.|\$|[|+])|::=|^[\s*=~^#.\-]+$", re.MULTILINE)
+_BULLET = re.compile(r"^(\*|\d+\.)\s+")
+_MARKUP = re.compile(r'\*\*|(?<!\w)\*|\*(?!\w)|"')
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)\s+(?=[A-Z(])")
+_PLAIN_WORD = re.compile(r"[(“]?[A-Za-z’'\-]+[)”]?[.,;:!?]*\)?")
+
+
+def documentation_sentences() -> list[str]:
+    """Returns the English sentences of 6 to 60 words in the help texts that every Python carries."""
+    from pydoc_data.topics import topics
+
+    found: dict[str, str] = {}
+    for text in topics.values():
+        for paragraph in re.split(r"\n\s*\n", text):
+            if _NOT_PROSE.search(paragraph):
+                continue
+            prose = _MARKUP.sub("", _BULLET.sub("", " ".join(paragraph.split())))
+            for sentence in _SENTENCE_END.split(prose):
+                words = sentence.split()
+                plain = sum(_PLAIN_WORD.fullmatch(word) is not None for word in words)
+                whole = sentence[:1].isupper() and sentence.endswith((".", "!", "?"))
+                if whole and 6 <= len(words) <= 60 and plain >= 0.8 * len(words):
+                    found.setdefault(sentence.casefold(), sentence)
+    return list(found.values())

@@ -158,17 +158,13 @@ def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str
     measures = {
         arm: [last_stage(result) for result in own] for arm, own in results.items() if not arm.startswith(CURVE)
     }
-    summary = {
-        arm: {metric: summarize([one[metric] for one in own]) for metric in own[0]} for arm, own in measures.items()
-    }
+    summary = {arm: summaries(own) for arm, own in measures.items()}
     published = next(iter(next(iter(results.values()))[0]["arms"].values()))["stages"].get("softmax")
     data = {"row": name, "command": f"python recipes/measure.py {name}", "published": published, "summary": summary}
     data["runs"] = {arm: [anonymous(result) for result in own] for arm, own in results.items()}
     if long:
         data["curves"] = {arm: curve_of(own[0], row["metric"]) for arm, own in long.items()}
-    content = json.dumps(data, indent=1) + "\n"
-    write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
-    write_card(name, row, data)
+    keep(name, row, data)
 
 
 def write_scratch(
@@ -182,10 +178,7 @@ def write_scratch(
     metric = row["metric"]
     runs = {arm: [with_norms(result) for result in own] for arm, own in results.items()}
     kept = {arm: [measured for run in own if (measured := last_stage(run))] for arm, own in runs.items()}
-    summary = {
-        arm: {name: summarize([one[name] for one in own]) for name in own[0]} if own else {}
-        for arm, own in kept.items()
-    }
+    summary = {arm: summaries(own) for arm, own in kept.items()}
     data = {
         "row": name,
         "command": f"python recipes/measure.py {name}" + (" --reduced" if budget == "reduced" else ""),
@@ -196,6 +189,11 @@ def write_scratch(
         "others": {arm: others for arm, own in runs.items() if (others := mean_of_others(own, metric))},
         "runs": runs,
     }
+    keep(name, row, data)
+
+
+def keep(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Writes the JSON of a row, and the card that is made of it."""
     content = json.dumps(data, indent=1) + "\n"
     write_beside(CARDS / f"{name}.json", lambda path: path.write_text(content))
     write_card(name, row, data)
@@ -270,6 +268,11 @@ def curve_of(result: Mapping[str, Any], metric: str) -> list[tuple[int, float]]:
     points[spent["tokens"]] = stages["finetuned"][metric]
     before = spent["steps_before"] * spent["tokens"] // spent["steps"]
     return [(before + tokens, points[tokens]) for tokens in sorted(points)]
+
+
+def summaries(measures: list[dict[str, float]]) -> dict[str, Any]:
+    """Returns each measure of an arm over its seeds; nothing where all diverged."""
+    return {name: summarize([one[name] for one in measures]) for name in (measures[0] if measures else ())}
 
 
 def summarize(values: list[float]) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def read_texts(options: argparse.Namespace) -> Any:
 
     from transformers import AutoTokenizer
 
+    from hf_polyattn.examples import documentation_sentences
     from private.preparing import Texts, by_length, pieces
-    from sentence_embedding import documentation_sentences
 
     tokenizer = AutoTokenizer.from_pretrained(source(options.model))
     if options.data is None:
@@ -147,8 +147,7 @@ def report(options: argparse.Namespace) -> None:
     results = json.loads((options.output_dir / "private.json").read_text())
     print(table(results))
     if any("attention" in case for case in results["cases"]):
-        with written_beside(options.output_dir / "private.png") as partial:
-            plot(results, partial)
+        plot(results, options.output_dir / "private.png")
     if options.write is not None:
         name, every = results["prepared"]["model"], {}
         if options.write.is_file():

@@ -14,7 +14,6 @@ import dataclasses
 import importlib.util
 import json
 import random
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 from hf_polyattn import InputError
+from hf_polyattn.examples import documentation_sentences
 from parts.arguments import FinetuningArguments
 from parts.finetuning import finetune
 from parts.latency import Latency
@@ -215,33 +215,6 @@ def read_sentences(data: SentenceArguments, arguments: FinetuningArguments) -> t
 def different(texts: Iterable[Any]) -> list[str]:
     stripped = (str(text).strip() for text in texts if text is not None)
     return list(dict.fromkeys(text for text in stripped if text))
-
-
-# Paragraphs of pydoc_data.topics with such a line are code, grammar, tables and headings.
-_NOT_PROSE = re.compile(r"^\s*(>>>|\.\.\.|\$|[|+])|::=|^[\s*=~^#.\-]+$", re.MULTILINE)
-_BULLET = re.compile(r"^(\*|\d+\.)\s+")
-_MARKUP = re.compile(r'\*\*|(?<!\w)\*|\*(?!\w)|"')
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)\s+(?=[A-Z(])")
-_PLAIN_WORD = re.compile(r"[(“]?[A-Za-z’'\-]+[)”]?[.,;:!?]*\)?")
-
-
-def documentation_sentences() -> list[str]:
-    """Returns the English sentences of 6 to 60 words in the help texts that every Python carries."""
-    from pydoc_data.topics import topics
-
-    found: dict[str, str] = {}
-    for text in topics.values():
-        for paragraph in re.split(r"\n\s*\n", text):
-            if _NOT_PROSE.search(paragraph):
-                continue
-            prose = _MARKUP.sub("", _BULLET.sub("", " ".join(paragraph.split())))
-            for sentence in _SENTENCE_END.split(prose):
-                words = sentence.split()
-                plain = sum(_PLAIN_WORD.fullmatch(word) is not None for word in words)
-                whole = sentence[:1].isupper() and sentence.endswith((".", "!", "?"))
-                if whole and 6 <= len(words) <= 60 and plain >= 0.8 * len(words):
-                    found.setdefault(sentence.casefold(), sentence)
-    return list(found.values())
 
 
 if __name__ == "__main__":

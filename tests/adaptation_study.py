@@ -97,8 +97,7 @@ def fit_projection(model: PreTrainedModel, path: str, inputs: Replay, *, ridge: 
 
     def observer(where: str, child: PolyAttention, seen: Observation) -> None:
         if where == path:
-            pattern: dict[str, Any] = {"mask": seen.mask, "causal": seen.causal, "window": seen.window}
-            output = child(seen.query, seen.key, seen.value, scaling=seen.scaling, **pattern)
+            output = child(seen.query, seen.key, seen.value, **seen.pattern)
             real = torch.ones(output.shape[:2], dtype=torch.bool) if seen.real is None else seen.real
             polynomial.append(output[real].flatten(1).double())
             softmax.append(seen.output[real].flatten(1).double())

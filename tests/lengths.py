@@ -8,7 +8,6 @@ Blocks of wikitext, [CLS] … [SEP]. The measure is the cosine of the mean hidde
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from quality import RESULTS, column, embedded_minilm, write
+from quality import RESULTS, asked, column, embedded_minilm, write
 from torch import Tensor
 
 import hf_polyattn as hp
@@ -100,21 +99,15 @@ def measured(model: Any, spec: str, data: Data) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", choices=DATA, help="only this one")
-    parser.add_argument("specs", nargs="*", default=SPECS, help="only these")
-    parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
-    arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-
+    names, specs, writes = asked(__doc__, DATA, SPECS, FILE)
     model = transformers.AutoModel.from_pretrained(embedded_minilm()).eval()
-    for name in [arguments.data] if arguments.data else DATA:
+    for name in names:
         table = {}
-        for spec in arguments.specs:
+        for spec in specs:
             started = time.perf_counter()
             table[spec] = measured(model, spec, DATA[name])
             print(name, spec, table[spec], f"{time.perf_counter() - started:.0f} s", flush=True)
-        if arguments.write:
+        if writes:
             write(FILE, "python tests/lengths.py --write", f"minilm, calibrated on {name} tokens", table)
 
 

@@ -10,7 +10,6 @@ over that of the projections of attention. The control takes the same steps in t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import platform
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from typing import Any
 
 import quality
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -105,23 +103,18 @@ def study(case: quality.Case, spec: str) -> Iterator[dict[str, dict[str, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", choices=CASES, help="only this one")
-    parser.add_argument("specs", nargs="*", default=SPECS, help="only these")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
-    arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
+    names, specs, writes = quality.asked(__doc__, CASES, SPECS, RESULTS)
     about = {
         "device": {"type": "cpu", "machine": platform.machine(), "threads": torch.get_num_threads()},
         "budget": {"steps": STEPS, "learning_rates": RATES},
     }
-    for name in [arguments.checkpoint] if arguments.checkpoint else CASES:
+    for name in names:
         case = CASES[name]()
-        tables = quality.read(RESULTS).get(name, {}) if arguments.write else {}
-        for spec in arguments.specs:
+        tables = quality.read(RESULTS).get(name, {}) if writes else {}
+        for spec in specs:
             tables[spec] = [*study(case, spec)][-1]
             print(name, spec, tables[spec], flush=True)
-            if arguments.write:
+            if writes:
                 quality.write(RESULTS, "python tests/plain_training.py --write", name, tables, **about)
 
 

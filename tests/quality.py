@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,22 +178,36 @@ def calibrated(case: Case, spec: str) -> dict[str, float]:
         hp.unpatch_model(case.model)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", choices=CASES, help="only this one")
-    parser.add_argument("specs", nargs="*", default=SPECS, help="only these")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+def asked(
+    about: str | None, cases: Iterable[str], specs: Iterable[str], file: Path
+) -> tuple[list[str], list[str], bool]:
+    """Returns which cases and which of their specs a command of such a file is to measure, and whether to write.
+
+    Args:
+        about: its docstring.
+        cases: names of all of them.
+        specs: all of them.
+        file: that is written.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", choices=list(cases), help="only this one")
+    parser.add_argument("specs", nargs="*", default=list(specs), help="only these")
+    parser.add_argument("--write", action="store_true", help=f"write {file.name}")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    return [arguments.case] if arguments.case else list(cases), arguments.specs, arguments.write
 
-    for name in [arguments.checkpoint] if arguments.checkpoint else CASES:
+
+def main() -> None:
+    names, specs, writes = asked(__doc__, CASES, SPECS, RESULTS)
+    for name in names:
         case = CASES[name]()
         table = {"softmax": case.measure(case.model)}
-        for spec in arguments.specs:
+        for spec in specs:
             started = time.perf_counter()
             table[spec] = calibrated(case, spec)
             print(name, spec, table[spec], f"{time.perf_counter() - started:.0f} s", flush=True)
-        if arguments.write:
+        if writes:
             write(RESULTS, "python tests/quality.py --write", name, table)
 
 

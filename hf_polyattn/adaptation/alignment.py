@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops.masks import band
 from ..ops.moments import moments_of
 from ..patching.core import PolyAttention
 from ..patching.patched import patched_layers, spec_of
@@ -141,22 +140,16 @@ def residual(seen: Observation, config: PolyAttentionConfig) -> Tensor:
     """
     query, key = seen.query.float(), seen.key.float()
     length = query.shape[2]
-    rows = torch.arange(0, length, max(1, -(-length // MAX_ROWS)), device=query.device)
-    if seen.mask is None:
-        pattern = band(range(length), range(key.shape[2]), seen.causal, seen.window, query.device)
-        if pattern is None:
-            pattern = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
-        visible = pattern[rows].expand(query.shape[0], 1, -1, -1)
-    else:
-        visible = seen.mask.expand(query.shape[0], -1, length, -1)[:, :, rows]
-    query = query[:, :, rows]
+    rows = range(0, length, max(1, -(-length // MAX_ROWS)))
+    visible = seen.visible(rows).expand(query.shape[0], -1, -1, -1)
+    query = query[:, :, :: rows.step]
     batch, heads, _, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, dim)
     scores = (grouped @ key.transpose(-1, -2)).reshape(batch, heads, len(rows), -1) * seen.scaling
     count = visible.sum(-1)
     weight = (count > 0).expand(batch, heads, -1)
     if seen.real is not None:
-        weight = weight & seen.real[:, None, rows]
+        weight = weight & seen.real[:, None, :: rows.step]
     # a row that sees nothing gets finite scores, and no weight
     lse = scores.masked_fill(~(visible | (count == 0).unsqueeze(-1)), -torch.inf).logsumexp(-1)
     count = count.clamp(min=1).float()

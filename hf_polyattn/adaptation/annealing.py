@@ -132,13 +132,14 @@ def anneal(
     if not ladder or steps < 1:
         raise InputError(f"anneal needs at least one spec and one step a rung, got {len(ladder)} and {steps}")
     taken = take_batches(batches, calibration_batches)
+    shown = with_crops(model, taken, None)
     if teacher is None:
         teacher = softmax_copy(model)
     if quality is None:
         quality = partial(similarity, batches=taken[:2], teacher=teacher)
     paths = [path for path, _ in patched_layers(model)]
     if not all(child.config.interval for _, child in patched_layers(model)):
-        calibrate(model, taken, max_batches=None, progress=progress)
+        calibrate(model, shown, max_batches=None, crop=False, progress=progress)
 
     rungs: list[Rung] = []
     reached = 0.0
@@ -149,7 +150,7 @@ def anneal(
         at_once = layers_at_once or len(paths)
         groups = -(-len(paths) // at_once)
         while waiting:
-            passes = Replay(model, with_crops(model, taken, None), progress=progress)
+            passes = Replay(model, shown, progress=progress)
             fits = fit_layers(model, passes, dict.fromkeys(waiting, spec), same_shift(model))
             waiting.sort(key=lambda path: sum(fits[path].report.explained_variance), reverse=True)
             turned, waiting = waiting[:at_once], waiting[at_once:]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
+from ..ops.masks import visible_keys
 from ..patching.core import PolyAttention
 from ..patching.masking import real_positions
 from ..patching.patched import patched_layers, pretrained_model, require_in_memory
@@ -44,6 +45,29 @@ class Observation:
     window: int | None
     scaling: float
     real: Tensor | None
+
+    @property
+    def pattern(self) -> dict[str, Any]:
+        """What of it `PolyAttention` takes beside query, key and value."""
+        return {"mask": self.mask, "causal": self.causal, "window": self.window, "scaling": self.scaling}
+
+    def visible(self, rows: range | None = None, entries: slice = slice(None)) -> Tensor:
+        """Returns which keys query rows see, bool (B or 1, H or 1, rows, Tk).
+
+        Args:
+            rows: numbers of the query rows; may have a step. None for all.
+            entries: of the batch.
+        """
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[entries]
+        return visible_keys(
+            range(self.query.shape[2]) if rows is None else rows,
+            self.key.shape[2],
+            mask=mask,
+            ranges=None,
+            causal=self.causal,
+            window=self.window,
+            device=self.query.device,
+        )
 
 
 Observer = Callable[[str, PolyAttention, Observation], None]

@@ -100,10 +100,7 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def _error(child: PolyAttention, seen: Observation) -> Tensor:
-    output = child(
-        seen.query, seen.key, seen.value,
-        mask=seen.mask, causal=seen.causal, window=seen.window, scaling=seen.scaling,
-    )  # fmt: skip
+    output = child(seen.query, seen.key, seen.value, **seen.pattern)
     real = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device) if seen.real is None else seen.real
     ours, softmax = output[real].float(), seen.output[real].float()
     error: Tensor = (ours - softmax).square().sum() / ((softmax - softmax.mean(0)).square().sum() + _EPSILON)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..patching.patch import patch_model
+from ..patching.row_shift import SQUARES
 from ..spec import PolyAttentionConfig, Polynomial
 from .cases import SPECS, Spec, dtype_name
 from .timing import alternate
@@ -47,9 +48,6 @@ def _llama() -> Any:
         )
     )  # fmt: skip
 
-
-#: Squares of queries that `calibrate` tries.
-SQUARES = 8
 
 # Random weights of real shapes: the speed is that of the checkpoint. Batches and lengths are the inputs'.
 MODELS: dict[str, dict[str, tuple[Callable[[], Any], tuple[tuple[int, int], ...]]]] = {

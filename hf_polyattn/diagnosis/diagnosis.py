@@ -23,7 +23,6 @@ from .inspection import (
     polynomial_squares,
     scaled_scores,
     softmax_squares,
-    visible_keys,
     weights_and_slopes,
 )
 from .report import Diagnosis, LayerDiagnosis
@@ -106,15 +105,7 @@ class _LayerSums:
     def _see_block(self, seen: Observation, entries: slice, rows: range, stride: int) -> None:
         layer, chosen = self.layer, slice(rows.start, rows.stop, rows.step)
         query, key = seen.query[entries, :, chosen], seen.key[entries]
-        visible = visible_keys(
-            rows,
-            key.shape[2],
-            mask=seen.mask if seen.mask is None or seen.mask.shape[0] == 1 else seen.mask[entries],
-            ranges=None,
-            causal=seen.causal,
-            window=seen.window,
-            device=query.device,
-        )
+        visible = seen.visible(rows, entries)
         measured = query.shape[0] * len(rows)
         if seen.real is not None:
             visible = visible & seen.real[entries, None, chosen, None]

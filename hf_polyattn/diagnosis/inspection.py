@@ -17,34 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.call import EPSILON, ROW_EXPONENTS
-from ..ops.masks import visible
 from ..patching.core import PolyAttention
-
-
-def visible_keys(
-    rows: range,
-    k_len: int,
-    *,
-    mask: Tensor | None,
-    ranges: Tensor | None,
-    causal: bool,
-    window: int | None,
-    device: torch.device,
-) -> Tensor:
-    """Returns the bool (B or 1, H or 1, rows, Tk) pattern of the keys that query rows see.
-
-    Args:
-        rows: numbers of the query rows; may have a step.
-        k_len: Tk.
-        mask, ranges, causal, window: of `polynomial_attention`.
-        device: of the result.
-    """
-    chosen = slice(rows.start, rows.stop, rows.step)
-    ranges = ranges if ranges is None or ranges.shape[1] == 1 else ranges[:, chosen]
-    mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, chosen]
-    seen = visible(rows, range(k_len), device, mask=mask, ranges=ranges, causal=causal, window=window)
-    every = torch.ones(1, 1, len(rows), k_len, dtype=torch.bool, device=device)
-    return every if seen is None else every & seen
 
 
 def scaled_scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..ops.masks import visible_keys
 from ..patching.core import PolyAttention
 from .inspection import (
     interval_scores,
     polynomial_squares,
     scaled_scores,
     softmax_squares,
-    visible_keys,
     weights_and_slopes,
 )
 

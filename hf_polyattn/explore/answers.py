@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
 
 from ..adaptation.capture import model_inputs
 from ..adaptation.training import evaluating
@@ -18,14 +17,17 @@ from ..errors import InputError
 from ..examples import encode
 from ..patching.masking import real_positions
 from ..patching.patch import softmax_attention
+from ..patching.patched import pretrained_model
+from ..tasks import loader_of
 
 TOP = 5
 CONTINUATION = 20
+# By the model's task; all others are looked at by their embeddings.
 _KINDS = {
-    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "text classes": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "image classes": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "fill-mask": "masked",
+    "text-generation": "causal",
+    "text-classification": "text classes",
+    "image-classification": "image classes",
 }
 
 
@@ -48,8 +50,7 @@ class Answers:
 
 def kind_of(model: Any) -> str:
     """Returns "masked", "causal", "text classes", "image classes", or "embedding" for any other."""
-    name = type(model).__name__
-    return next((kind for kind, names in _KINDS.items() if name in names.values()), "embedding")
+    return _KINDS.get(loader_of(pretrained_model(model))[1], "embedding")
 
 
 def answers(model: Any, processor: Any, examples: Sequence[Any], length: int) -> Answers:

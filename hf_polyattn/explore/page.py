@@ -157,11 +157,10 @@ class _Page:
             self.turn, [self.spec, self.other, self.examples], positions, api_name="turn", show_progress_on=[self.cards]
         )
         self.turned.change(self.session.code, [self.folder], [self.code], api_visibility="private")
-        (show_map, of_map, map_to), (show_answers, of_answers, answers_to), (show_curves, of_curves, curves_to) = looks
         for event in (self.turned.change, self.look.click):
-            event(show_map, of_map, map_to, show_progress_on=[self.map], api_visibility="private")
-            event(show_answers, of_answers, answers_to, show_progress_on=[self.answers], api_visibility="private")
-            event(show_curves, of_curves, curves_to, show_progress_on=[self.curves], api_visibility="private")
+            for show, given, to in looks:
+                event(show, given, to, show_progress_on=[to[0]], api_visibility="private")
+        (show_map, of_map, map_to), _, (show_curves, of_curves, curves_to) = looks
         for part in (self.layer, self.query):
             part.input(show_map, of_map, map_to, api_visibility="private")
         self.layer.input(self.list_heads, [self.layer, self.head], [self.head], api_visibility="private")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import threading
 import time
@@ -20,7 +19,7 @@ from ..adaptation.calibration import CalibrationReport, calibrate
 from ..adaptation.capture import model_inputs
 from ..adaptation.quality import similarity
 from ..errors import InputError, PolyAttnError
-from ..examples import encode, load_model, load_processor
+from ..examples import documentation_sentences, encode, load_model, load_processor
 from ..figures import AttentionMap, HeadCurve
 from ..files import written_beside
 from ..patching.core import is_patched
@@ -91,7 +90,7 @@ class Session:
             raise InputError(f"{name!r} has neither a tokenizer nor an image processor beside it; save it with one")
         self.texts = isinstance(self.processor, PreTrainedTokenizerBase)
         if examples is None:
-            examples = sample_sentences(_SAMPLES) if self.texts else []
+            examples = documentation_sentences()[:_SAMPLES] if self.texts else []
         self.examples = list(examples)
         self.position: Position | None = None
         self._loaded_polynomial = is_patched(self.model)
@@ -231,18 +230,3 @@ class Session:
 def readable(token: str) -> str:
     """Returns a token without the marks of its tokenizer for spaces and line ends."""
     return token.replace("Ġ", "·").replace("▁", "·").replace("Ċ", "↵").removeprefix("##") or "·"
-
-
-def sample_sentences(count: int) -> list[str]:
-    """Returns plain English sentences of the help texts that every Python carries, for want of better ones."""
-    from pydoc_data.topics import topics
-
-    found: dict[str, None] = {}
-    for text in topics.values():
-        for paragraph in re.split(r"\n\s*\n", text):
-            if re.search(r">>>|::=|^\s*[|+]|[`*_{}<>=]", paragraph, re.MULTILINE):
-                continue
-            for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
-                if 6 <= len(sentence.split()) <= 40 and sentence[0].isupper() and sentence.endswith("."):
-                    found[sentence] = None
-    return list(found)[:count]

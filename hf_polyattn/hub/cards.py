@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import PatchError
 from ..patching.families import attention_sites
 from ..patching.patched import patched_layers, pretrained_model, spec_of
+from ..tasks import loader_of
 from .card_template import (
     PLOT,
     REPOSITORY,
@@ -33,17 +34,6 @@ if TYPE_CHECKING:
     from ..diagnosis.report import Diagnosis
 
 
-# What loads a class, the table of Transformers that has it, and its task on the Hub. The first that fits counts.
-_LOADERS = (
-    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation"),
-    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "text2text-generation"),
-    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "fill-mask"),
-    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "text-classification"),
-    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "token-classification"),
-    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "question-answering"),
-    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "image-classification"),
-    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "image-text-to-text"),
-)
 _UNMEASURED = "Nothing was measured for this card. Measure on data of your own before relying on the model."
 _HEADING = "## Polynomial attention"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -120,7 +110,7 @@ def model_card(
     base_model = base_model or found_base
     license = license or base.get("license")
     results, specs = list(results), _specs(root)
-    auto_class, task = _loader_of(root)
+    auto_class, task = loader_of(root)
     title = title or f"{(base_model or type(root).__name__).rpartition('/')[2]} with {', '.join(specs)} attention"
     data = ModelCardData(
         library_name="transformers",
@@ -214,18 +204,6 @@ def _base_of(root: Any, repository: str) -> tuple[str | None, dict[str, Any]]:
     except (OSError, ValueError, YAMLError):  # no card, a broken one, or no network: then the licence is not known
         return hub_id, {}
     return hub_id, card.data.to_dict()
-
-
-def _loader_of(root: Any) -> tuple[str, str]:
-    """Returns the auto class that loads a model, and its task on the Hub."""
-    from transformers.models.auto import modeling_auto
-
-    for auto_class, table, task in _LOADERS:
-        names = getattr(modeling_auto, table, {}).get(root.config.model_type, ())
-        if type(root).__name__ in ([names] if isinstance(names, str) else names):
-            return auto_class, task
-    images = root.main_input_name == "pixel_values"
-    return "AutoModel", "image-feature-extraction" if images else "feature-extraction"
 
 
 def _specs(root: nn.Module) -> list[str]:

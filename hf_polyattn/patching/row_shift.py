@@ -26,6 +26,8 @@ from .relative import RelativePolynomial
 #: The features that are not squares of queries.
 FEATURES = ("m", "v", "m²", "m v", "v²", "v³", "log n", "1/n")
 _LOG_N = FEATURES.index("log n")
+#: Squares of queries that `calibrate` tries.
+SQUARES = 8
 #: Coefficients of a refinement's step, and the row sums between which it looks at them.
 STEPS = 5
 ROW_SUMS = (0.2, 5.0)

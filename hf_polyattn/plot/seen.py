@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adaptation.calibration import CalibrationReport
 from ..adaptation.capture import Observation, model_inputs, observe
-from ..diagnosis.inspection import interval_scores, scaled_scores, visible_keys, weights_and_slopes
+from ..diagnosis.inspection import interval_scores, scaled_scores, weights_and_slopes
 from ..errors import InputError, PatchError
 from ..figures import AttentionMap, HeadCurve
 from ..patching.core import PolyAttention, is_patched
@@ -38,16 +38,7 @@ def attention_map(
         raise InputError(f"layer {path!r} has heads 0 to {child.heads - 1}, got {head!r}")
     prepared = model_inputs(model, inputs)
     seen = _observed(model, prepared, path)
-    _, weights = child(
-        seen.query,
-        seen.key,
-        seen.value,
-        mask=seen.mask,
-        causal=seen.causal,
-        window=seen.window,
-        scaling=seen.scaling,
-        return_weights=True,
-    )
+    _, weights = child(seen.query, seen.key, seen.value, return_weights=True, **seen.pattern)
     scores, visible = _scores(seen)
     softmax = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
     rows, keys = _real(seen)
@@ -152,18 +143,8 @@ def _observed(model: nn.Module, inputs: Any, wanted: str) -> Observation:
 
 def _scores(seen: Observation) -> tuple[Tensor, Tensor]:
     """Returns the scaled scores and which of them are visible, (B, H, Tq, Tk)."""
-    q_len, k_len = seen.query.shape[2], seen.key.shape[2]
-    visible = visible_keys(
-        range(q_len),
-        k_len,
-        mask=seen.mask,
-        ranges=None,
-        causal=seen.causal,
-        window=seen.window,
-        device=seen.query.device,
-    )
     scores = scaled_scores(seen.query.float(), seen.key.float(), seen.scaling)
-    return scores, visible.expand(scores.shape[0], scores.shape[1], -1, -1)
+    return scores, seen.visible().expand(scores.shape[0], scores.shape[1], -1, -1)
 
 
 def _real(seen: Observation) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_polyattn.errors import InputError
+from hf_polyattn.figures.style import INK, canvas, color_of, save, styled
 from hf_polyattn.tables import format_table
 
 BASELINE = "softmax"
@@ -58,27 +59,24 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+@styled
 def plot(results: dict[str, Any], path: Path) -> None:
     """Writes a picture: seconds and rounds of one layer's attention, by arm, a panel for each protocol and length."""
-    from matplotlib.figure import Figure
-
     cases = [case for case in results["cases"] if "attention" in case and not case.get("processes")]
     groups = list(dict.fromkeys((case["protocol"], case["tokens"]) for case in cases))
-    figure = Figure(figsize=(3.4 * len(groups), 6.0), layout="constrained")
-    axes = figure.subplots(2, len(groups), squeeze=False)
+    figure, axes = canvas(2, len(groups), 3.4 * len(groups) + 1.2, 6.0)
     for column, (protocol, tokens) in enumerate(groups):
         chosen = [case for case in cases if (case["protocol"], case["tokens"]) == (protocol, tokens)]
         names = [case["arm"] for case in chosen]
-        colors = ["tab:gray" if "softmax" in name else "tab:orange" for name in names]
-        for row, (key, label) in enumerate((("seconds", "seconds"), ("rounds", "rounds"))):
-            axis = axes[row][column]
+        colors = [INK if "softmax" in name else color_of(0) for name in names]
+        for axis, key in zip(axes[:, column], ("seconds", "rounds"), strict=True):
             axis.barh(names[::-1], [case["attention"][key] for case in chosen][::-1], color=colors[::-1])
-            axis.set(title=f"{protocol}, {tokens} tokens" if row == 0 else "", xlabel=label)
-            axis.grid(axis="x", alpha=0.3)
+            axis.set(title=f"{protocol}, {tokens} tokens" if key == "seconds" else "", xlabel=key)
+            axis.grid(visible=False, axis="y")
             if column:
                 axis.set_yticklabels([])
     figure.suptitle("Attention of one layer among parties")
-    figure.savefig(path, format="png", dpi=130)
+    save(figure, path)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -172,8 +172,7 @@ def test_norms_are_those_of_the_weights_that_the_model_uses(
     used: list[Tensor] = []
 
     def keep(path: str, layer: PolyAttention, seen: Any) -> None:
-        arguments = {"mask": seen.mask, "causal": seen.causal, "window": seen.window, "scaling": seen.scaling}
-        used.append(layer(seen.query, seen.key, seen.value, return_weights=True, **arguments)[1])
+        used.append(layer(seen.query, seen.key, seen.value, return_weights=True, **seen.pattern)[1])
 
     observe(llama, [inputs], keep, progress=False)
     found = diagnose(llama, [inputs], progress=False)

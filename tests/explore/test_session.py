@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import hf_polyattn as hp
+from hf_polyattn.examples import documentation_sentences
 from hf_polyattn.explore import Session
 from hf_polyattn.explore.answers import answers, kind_of
-from hf_polyattn.explore.session import sample_sentences
 
 Make = Callable[..., Session]
 
@@ -173,6 +173,6 @@ def test_a_page_may_ask_for_several_things_at_once(molecules: Session) -> None:
 
 
 def test_there_are_plain_sentences_without_a_data_set() -> None:
-    sentences = sample_sentences(96)
+    sentences = documentation_sentences()[:96]
     assert len(sentences) == 96
     assert all(one[0].isupper() and one.endswith(".") for one in sentences)

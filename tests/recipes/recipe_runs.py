@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +39,25 @@ def environment() -> dict[str, str]:
     """Of another process: it sums in the same order as this one."""
     threads = str(torch.get_num_threads())
     return {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+
+
+# Runs a recipe, and kills it while it writes the checkpoint of step 4 of the arm poly3.
+_KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+import torch
+sys.path.insert(0, "recipes")
+save = torch.save
+def save_or_die(value, file, *args, **kwargs):
+    save(value, file, *args, **kwargs)
+    if "poly3/.partial-checkpoint-4/checkpoint-4" in str(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_or_die
+runpy.run_path("recipes/causal_lm.py", run_name="__main__")
+"""
+
+
+def killed_while_saving(output: Path, words: list[str]) -> None:
+    """Runs causal_lm.py in another process, which dies of SIGKILL within the checkpoint of step 4 of the arm poly3."""
+    command = [sys.executable, "-c", _KILLED_WHILE_SAVING, *words, *options(output)]
+    killed = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
+    assert killed.returncode == -signal.SIGKILL

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recipe_runs import ROOT, Run, environment, losses, options
+from recipe_runs import Run, killed_while_saving, losses
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_polyattn.patching.patched import patched_layers
-
-KILLED_WHILE_SAVING = """
-import os, runpy, signal, sys
-import torch
-sys.path.insert(0, "recipes")
-save = torch.save
-def save_or_die(value, file, *args, **kwargs):
-    save(value, file, *args, **kwargs)
-    if "poly3/.partial-checkpoint-4/checkpoint-4" in str(file):
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save_or_die
-runpy.run_path("recipes/causal_lm.py", run_name="__main__")
-"""
 
 
 def test_run_killed_while_saving_and_resumed_ends_like_an_unbroken_one(
@@ -39,9 +23,7 @@ def test_run_killed_while_saving_and_resumed_ends_like_an_unbroken_one(
     words = [*molecules, "--spec", "softmax", "poly3", "--max_steps", "10", "--save_steps", "2"]  # 8 steps an epoch
     words += ["--save_total_limit", "1"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    command = [sys.executable, "-c", KILLED_WHILE_SAVING, *words, *options(broken)]
-    killed = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed_while_saving(broken, words)
     assert (broken / "poly3/.partial-checkpoint-4/checkpoint-4").exists()
     assert [path.name for path in (broken / "poly3").glob("checkpoint-*")] == ["checkpoint-2"]
     finished = (broken / "softmax/results.json").stat().st_mtime_ns

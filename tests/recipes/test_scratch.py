@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from recipe_runs import ROOT, Run, environment, losses, options
+from recipe_runs import ROOT, Run, environment, killed_while_saving, losses, options
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -83,28 +82,12 @@ def test_learned_coefficients_learn_and_fixed_lengths_are_a_coefficient(
     assert len({arm["others"]["16"]["nll"], arm["others"]["64"]["nll"], arm["stages"]["finetuned"]["nll"]}) == 3
 
 
-KILLED = """
-import os, runpy, signal, sys
-import torch
-sys.path.insert(0, "recipes")
-save = torch.save
-def save_or_die(value, file, *args, **kwargs):
-    save(value, file, *args, **kwargs)
-    if "poly3/.partial-checkpoint-4/checkpoint-4" in str(file):
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save_or_die
-runpy.run_path("recipes/causal_lm.py", run_name="__main__")
-"""
-
-
 def test_arm_killed_and_resumed_ends_with_the_bits_of_an_unbroken_one(
     run: Run, stories_of: str, tmp_path: Path
 ) -> None:
     words = [*stories_of.split(), "--spec", "softmax", "poly3", "--max_steps", "6", "--save_steps", "2", "--norms"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    command = [sys.executable, "-c", KILLED, *words, *options(broken)]
-    killed = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed_while_saving(broken, words)
     tokenizer = (broken / "tokenizer/tokenizer.json").stat().st_mtime_ns
     resumed, unbroken = run("causal_lm", broken, *words, "--resume"), run("causal_lm", whole, *words)
     assert (broken / "tokenizer/tokenizer.json").stat().st_mtime_ns == tokenizer  # it was not trained again

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import cast
 
 from ...errors import InputError
+from ...patching.row_shift import SQUARES
 from ...spec import RowShift as RowShiftKind
 from .row_shift import Predictor, RowShift
 
 KINDS = ("auto", "none", "linear", "moments")
 ROWS_FOR_AN_UNKNOWN = 4  # below which a predictor is not tried
-SQUARES = 8  # that are tried
 GAIN = 0.95  # of the residual, that a costlier predictor has to reach
 
 

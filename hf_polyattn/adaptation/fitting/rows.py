@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError
-from ...ops.masks import band
 from ...ops.moments import moments_of
 from ..capture import Observation
 
@@ -72,7 +71,7 @@ def observed_rows(path: str, observation: Observation, stride: int) -> Iterator[
     k_len = observation.key.shape[2]
     every = slice(None, None, stride)
     step = max(1, _CHUNK_SCORES // max(1, heads * len(range(q_len)[every]) * k_len))
-    visible = _visible(observation)[:, :, every]
+    visible = observation.visible().expand(batch, -1, q_len, -1)[:, :, every]
     real = observation.real
     if real is None:
         real = torch.ones(batch, q_len, dtype=torch.bool, device=visible.device)
@@ -100,16 +99,3 @@ def observed_rows(path: str, observation: Observation, stride: int) -> Iterator[
             weight=weight.float(),
             scaling=observation.scaling,
         )
-
-
-def _visible(observation: Observation) -> Tensor:
-    """Returns which keys each query row sees, bool (B, 1 or H, Tq, Tk)."""
-    batch, _, q_len, _ = observation.query.shape
-    k_len, device = observation.key.shape[2], observation.query.device
-    pattern = band(range(q_len), range(k_len), observation.causal, observation.window, device)
-    visible = (
-        torch.ones(1, 1, q_len, k_len, dtype=torch.bool, device=device) if pattern is None else pattern[None, None]
-    )
-    if observation.mask is not None:
-        visible = visible & observation.mask
-    return visible.expand(batch, -1, q_len, -1)
