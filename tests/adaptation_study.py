@@ -78,6 +78,7 @@ def sequential(model: PreTrainedModel, batches: list[Batch], *, refit: bool = Fa
             fit_projection(model, path, inputs)
 
 
+@torch.no_grad()
 def own_inputs(model: PreTrainedModel, path: str, child: PolyAttention, batches: list[Batch]) -> Replay:
     """Returns what one layer sees, and softmax makes of it, while every other layer is polynomial."""
     inputs = Replay(model, batches, progress=False)
