@@ -134,7 +134,7 @@ def _install_loading(modeling_utils: Any, model_class: Any) -> None:
     def load_with_polyattn(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from .checkpoint import check_loaded
+        from .loaded import check_loaded
 
         result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if not args and not kwargs:  # `expected_keys`: an adapter's, not the model's
@@ -270,7 +270,8 @@ def check_adapter(model: Any, unexpected_keys: Iterable[str]) -> None:
 
     And CheckpointError if those that it brought are damaged.
     """
-    from .checkpoint import check_polynomials, polynomial_paths
+    from .checkpoint import polynomial_paths
+    from .loaded import check_polynomials
 
     check_polynomials(model, "the adapter")
     softmax = polynomial_paths(unexpected_keys)

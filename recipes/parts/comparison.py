@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import Trainer
 
 from hf_polyattn.tables import format_table
 
@@ -37,6 +38,20 @@ def circumstances(
         "wall_seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mib": peak_memory_mib(),
     }
+
+
+def spent(trainer: Trainer, before: int, unit: str) -> dict[str, int]:
+    """Returns the budget that an arm has used up: steps and data of fine-tuning, and the steps before it.
+
+    Args:
+        trainer: that trained it.
+        before: steps before the trainer's.
+        unit: what the budget is counted in, see `Task`.
+    """
+    steps, arguments = trainer.state.global_step, trainer.args
+    examples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    spent = {"steps": steps, "steps_before": before, "examples_at_most": steps * examples}
+    return spent | ({"tokens": int(trainer.state.num_input_tokens_seen)} if unit == "tokens" else {})
 
 
 def render(results: Mapping[str, Any], columns: Mapping[str, str]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -25,7 +24,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_polyattn
 from hf_polyattn import DivergenceError, InputError, Monitor, MonitorCallback, PolyAttnError
@@ -34,10 +32,11 @@ from hf_polyattn.adaptation.distillation import LEARNING_RATES
 from .adapters import add_adapters, config_of_base
 from .adapting import adapt
 from .arguments import CONTROL, FinetuningArguments, has_row_sum
-from .comparison import circumstances, render
+from .comparison import circumstances, render, spent
 from .polynomials import check_coefficients, make_polynomial
-from .runs import timed, write_beside, written_beside
-from .task import Task
+from .resuming import last_checkpoint, prepare_output
+from .runs import timed, write_json, written_beside
+from .task import Task, check_task
 from .trainer import FinetuningError, PolyAttentionTrainer, set_dropout
 
 
@@ -58,15 +57,7 @@ class Arms:
     def __init__(self, task: Task, arguments: FinetuningArguments) -> None:
         self.task, self.arguments = task, arguments
         self.output = Path(arguments.output_dir or ".")
-        if arguments.max_steps < 0 and not hasattr(task.train, "__len__"):
-            raise InputError("a stream has no end that is known; set --max_steps")
-        if not task.labelled and not arguments.distill_weight:
-            raise InputError("without labels the distance from the teacher is the loss: set --distill_weight above 0")
-        if arguments.distill_weight and task.new_modules and arguments.teacher is None:
-            raise InputError(
-                f"the checkpoint has no {', '.join(task.new_modules)} for this task, so it cannot be the teacher; set "
-                f"--teacher to a fine-tuned softmax model, for example {self.output / CONTROL / 'model'}"
-            )
+        check_task(task, arguments)
         check_coefficients(arguments)
         self.softmax = self.start()
         # Its accelerator, which all trainers share, also serves to measure.
@@ -80,7 +71,8 @@ class Arms:
             raise InputError("models that generate must be whole in each process; use configs/multi_gpu.yaml")
         if self.sharded and arguments.lora_rank > 0:
             raise InputError("--lora_rank is for models that each process holds whole; use configs/multi_gpu.yaml")
-        self.check_output()
+        decisive = {**arguments.decisive(), "processes": self.accelerator.num_processes, "data": task.data}
+        prepare_output(self.output, arguments.spec, decisive, arguments.resume, self.accelerator)
         self.started = time.perf_counter()
         self.score = task.score if task.labelled else partial(task.score, expected=self.predict(self.softmax))
         self.baseline: dict[str, Any] = {}
@@ -95,7 +87,7 @@ class Arms:
             file = self.output / spec / "results.json"
             results["arms"][spec] = json.loads(file.read_text()) if file.exists() else self.run_arm(spec)
             results |= circumstances(self.arguments, self.task, self.accelerator, self.started)
-            self.write(self.output / "all_results.json", results)
+            write_json(self.output / "all_results.json", results, self.accelerator)
         if self.main:
             print(render(results, self.task.columns))
             print(f"\nWritten to {self.output}: all_results.json, and for each arm a checkpoint in <spec>/model.")
@@ -141,12 +133,12 @@ class Arms:
             result |= self.finish(folder, model, wrapped, stages)
         result |= {
             "diverged": diverged,
-            "spent": self.spent(trainer, arguments.steps_before(spec)),
+            "spent": spent(trainer, arguments.steps_before(spec), task.unit),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "calibration": None if calibration is None else calibration.to_dict(),
             "log_history": trainer.state.log_history,
         }
-        self.write(folder / "results.json", result)
+        write_json(folder / "results.json", result, self.accelerator)
         if self.arguments.push_to_hub and self.main and diverged is None:
             self.push(spec)
         trainer.accelerator.free_memory()
@@ -295,44 +287,3 @@ class Arms:
         token, private = self.arguments.hub_token, self.arguments.hub_private_repo
         for part in (model, self.task.processor):
             part.push_to_hub(repository, token=token, private=private)
-
-    def spent(self, trainer: PolyAttentionTrainer, before: int) -> dict[str, int]:
-        """Returns the budget that an arm has used up: steps and data of fine-tuning, and the steps before it."""
-        steps, arguments = trainer.state.global_step, trainer.args
-        examples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        spent = {"steps": steps, "steps_before": before, "examples_at_most": steps * examples}
-        return spent | ({"tokens": int(trainer.state.num_input_tokens_seen)} if self.task.unit == "tokens" else {})
-
-    def check_output(self) -> None:
-        """Prepares the output folder: what a killed run was writing there is removed.
-
-        Raises:
-            InputError: arms of this run are in it, and it is not to be gone on with, or with other arguments.
-        """
-        arms = [folder for spec in self.arguments.spec if (folder := self.output / spec).exists()]
-        if arms and not self.arguments.resume:
-            raise InputError(f"{arms[0]} has a run in it; go on with --resume, or set another --output_dir")
-        file = self.output / "arguments.json"
-        decisive = {**self.arguments.decisive(), "processes": self.accelerator.num_processes, "data": self.task.data}
-        decisive = json.loads(json.dumps(decisive))
-        if self.arguments.resume and file.exists():
-            before = json.loads(file.read_text())
-            changed = [name for name in decisive if decisive[name] != before.get(name)]
-            if changed:
-                given = ", ".join(f"{name} was {before.get(name)}, is {decisive[name]}" for name in changed)
-                raise InputError(f"--resume needs the arguments of the run in {self.output}: {given}")
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            for partial in [partial for folder in arms for partial in folder.glob(".partial-*")]:
-                shutil.rmtree(partial)
-        self.write(file, decisive)
-
-    def write(self, file: Path, content: Any) -> None:
-        if self.main:
-            write_beside(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-        self.accelerator.wait_for_everyone()
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest checkpoint of an arm; one that was being written when its run was killed has no such name."""
-    return get_last_checkpoint(str(folder)) if folder.exists() else None

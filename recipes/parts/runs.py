@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import resource
@@ -83,6 +84,13 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file or folder through `written_beside`."""
     with written_beside(path) as partial:
         write(partial)
+
+
+def write_json(file: Path, content: Any, accelerator: Accelerator) -> None:
+    """Writes a JSON file once for all processes, which wait for it."""
+    if accelerator.is_main_process:
+        write_beside(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    accelerator.wait_for_everyone()
 
 
 def single_process() -> dict[str, str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_polyattn import InputError
+
+from .arguments import CONTROL, FinetuningArguments
 from .sources import Rows
 
 
@@ -56,3 +60,17 @@ class Task:
     patch_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     generate: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
     other_held_out: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def check_task(task: Task, arguments: FinetuningArguments) -> None:
+    """Raises InputError if a task cannot be trained as the arguments say."""
+    if arguments.max_steps < 0 and not hasattr(task.train, "__len__"):
+        raise InputError("a stream has no end that is known; set --max_steps")
+    if not task.labelled and not arguments.distill_weight:
+        raise InputError("without labels the distance from the teacher is the loss: set --distill_weight above 0")
+    if arguments.distill_weight and task.new_modules and arguments.teacher is None:
+        teacher = Path(arguments.output_dir or ".") / CONTROL / "model"
+        raise InputError(
+            f"the checkpoint has no {', '.join(task.new_modules)} for this task, so it cannot be the teacher; set "
+            f"--teacher to a fine-tuned softmax model, for example {teacher}"
+        )

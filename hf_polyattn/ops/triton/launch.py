@@ -1,5 +1,4 @@
-"""Backend `triton`: fused GPU kernels, forward and backward. This module lays out and launches `forward` and
-`backward`.
+"""Backend `triton`: fused GPU kernels, forward and backward. This module lays out a call and launches them.
 
 Backward is deterministic: one kernel owns each dQ row, one each dK and dV row, and sums over blocks are added in a
 fixed order. It computes the weights again from q, k and the row scale; nothing of the size Tq × Tk is stored.
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from ..backends import INTERPRETED
 from ..call import Call, empty_gradient
-from . import backward as triton_backward
 from . import forward as triton_forward
 from .arguments import Dropout, Operand, Scores, Static, Visibility
+from .backward_key_value import grad_key_value_kernel
+from .backward_query import grad_query_kernel
+from .delta import delta_kernel
 from .tuning import Configuration, configuration, keys
 
 _MAX_ROW_STRIDE = 2**31 // 512  # elements; no tile has more rows than 256
@@ -86,14 +87,14 @@ def backward(
     if call.normalizer == "l1":
         delta, scales = torch.empty_like(row_scale), row_scale
         _launch(
-            triton_backward.delta_kernel, programs, call, tuned,
+            delta_kernel, programs, call, tuned,
             query, key, value, rows, _operand(output.transpose(1, 2)), delta, scales, *shared,
             EXACT=coefficients_grad or center_grad, S=static,
         )  # fmt: skip
     moment_count = 1 if call.monomial else static.degree + 1
     moments = grad_center.new_empty((batch, heads, _blocks(q_len, static.block_m), moment_count))
     _launch(
-        triton_backward.grad_query_kernel, programs, call, tuned,
+        grad_query_kernel, programs, call, tuned,
         query, key, value, rows, _operand(grad_query), scales, delta, moments, grad_center, *shared,
         MOMENTS=coefficients_grad, SHIFT=center_grad, S=static,
     )  # fmt: skip
@@ -103,7 +104,7 @@ def backward(
     tuned = _configuration("grad_key_value", call)
     static = _static(call, tuned)
     _launch(
-        triton_backward.grad_key_value_kernel, _blocks(k_len, static.block_n) * groups * batch, call, tuned,
+        grad_key_value_kernel, _blocks(k_len, static.block_n) * groups * batch, call, tuned,
         query, key, value, rows, _operand(grad_key), _operand(grad_value), scales, delta, *shared, S=static,
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_coefficients, grad_center.to(center_dtype)
