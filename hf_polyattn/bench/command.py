@@ -23,14 +23,16 @@ from ..errors import InputError
 from ..figures import draw_speedups, save
 from ..files import written_beside
 from .cases import CASES, DTYPES, dtype_name
+from .decoding import time_decoding
 from .memory import memory_peaks
 from .models import time_models
 from .operator import time_cases
 from .report import tables
 from .timing import matmul_rate
 
-#: What `run` measures -> its key in `bench.json`: the operator, whole models, what attention needs beside its inputs.
-PARTS = {"operator": "rows", "models": "models", "memory": "memory"}
+#: What `run` measures -> its key in `bench.json`: the operator, whole models, a token after many, and what attention
+#: needs beside its inputs.
+PARTS = {"operator": "rows", "models": "models", "decode": "decode", "memory": "memory"}
 
 
 def run(
@@ -82,6 +84,7 @@ def run(
     measures: dict[str, Callable[[torch.dtype], Iterable[list[dict[str, Any]]]]] = {
         "operator": lambda dtype: time_cases(device, dtype, backend, repeats),
         "models": lambda dtype: time_models(device, dtype, repeats),
+        "decode": lambda dtype: time_decoding(device, dtype, repeats),
         "memory": lambda dtype: [[memory_peaks(device, dtype, backend)]],
     }
     for dtype, part in product(kinds, parts):

@@ -74,7 +74,7 @@ def time_models(device: str, dtype: torch.dtype, repeats: int) -> Iterator[list[
         for spec in SPECS:
             patched = make().to(device, dtype).eval()
             patched.load_state_dict(original.state_dict())
-            contestants[str(spec)] = patch_model(patched, _config(spec))
+            contestants[str(spec)] = patch_model(patched, config_of(spec))
         for batch, length in shapes:
             with torch.device(device):
                 inputs = _inputs(original, batch, length, dtype)
@@ -82,7 +82,7 @@ def time_models(device: str, dtype: torch.dtype, repeats: int) -> Iterator[list[
             yield _time(contestants, inputs, about, repeats, device)
 
 
-def _config(spec: Spec) -> PolyAttentionConfig:
+def config_of(spec: Spec) -> PolyAttentionConfig:
     """Returns what `calibrate` makes of a spec on most checkpoints: powers have a linear row shift, others moments."""
     polynomial, calibrated = Polynomial.parse(spec.spec), spec.calibrated
     moments = calibrated and polynomial.power == 1

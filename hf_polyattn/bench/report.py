@@ -33,6 +33,15 @@ def tables(results: dict[str, Any]) -> str:
             "\nwhole models: time divided by softmax's",
             format_table(("model", "dtype", "polynomial", "inference", "training step"), latencies),
         ]
+    tokens = [
+        (f"{row['model']}, {row['cached']} cached", row["dtype"], row["spec"], f"{row['latency']:.2f}")
+        for row in results.get("decode", ())
+    ]
+    if tokens:
+        parts += [
+            "\none token after many: time divided by softmax's",
+            format_table(("model", "dtype", "polynomial", "token"), tokens),
+        ]
     for row in results["memory"]:
         peaks = ", ".join(f"{name} {peak:.0f}" for name, peak in row["mib"].items())
         parts.append(f"\npeak of extra memory, forward and backward, {row['case']} {row['dtype']}, in MiB: {peaks}")

@@ -1,4 +1,4 @@
-"""The centers of rows, by one fused kernel where there is one: of a call that nobody differentiates or records.
+"""The centers of rows, by one fused kernel where there is one: of a call that nobody records, and its gradients.
 
 The formula is that of `patching.row_shift`, which computes it in PyTorch everywhere else.
 """
@@ -6,17 +6,20 @@ The formula is that of `patching.row_shift`, which computes it in PyTorch everyw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .api import autocast_inputs, check_masks, is_transformed, runs_at_once
+from .checks import check_masks
+from .modes import autocast_inputs, is_differentiated, is_plain, refuse_second_derivatives
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Beyond so many rows that see different keys, matrix products of whole chunks are faster than the kernel.
 LONGEST = 512
+_SHARING = 8  # rows a key head from which on the kernel has gradients: kSharing of csrc/shift.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ def fused_centers(
         return None
     query, key = autocast_inputs(query, key)
     tensors = (query, key, center, key_shift, *parameters)
-    if not runs_at_once(*tensors) or any(map(is_transformed, tensors)) or not _fits(query, key, key_shift):
+    if not is_plain(*tensors) or not _fits(query, key, key_shift):
+        return None
+    differentiated = is_differentiated(*tensors)
+    if differentiated and weigh is not None and query.shape[1] * query.shape[2] < _SHARING * key.shape[1]:
         return None
     if backends.INTERPRETED or not backends.BACKENDS["cpu"].usable():
         return None
@@ -83,9 +89,40 @@ def fused_centers(
             return None
         check_masks(None, ranges, query, key.shape[2])
     moments = None if weigh is None else weigh()
-    kernels = backends.BACKENDS["cpu"].load()
-    found: Tensor = kernels.row_centers(query, key, center, key_shift, moments, ranges, causal, window, scaling)
+    pattern = (ranges, causal, window, scaling)
+    found: Tensor
+    if differentiated:
+        parts = (None,) * 3 if moments is None else (moments.weights, moments.length_shift, moments.squares)
+        found = _Centers.apply(query, key, center, key_shift, *parts, moments, pattern)  # type: ignore[no-untyped-call]
+    else:
+        found = backends.BACKENDS["cpu"].load().row_centers(query, key, center, key_shift, moments, *pattern)
     return found
+
+
+class _Centers(torch.autograd.Function):
+    """The centers of rows, with first derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Returns the centers; arguments are those of the kernel, and the parts of the moments apart, for autograd."""
+        query, key, center, key_shift, weights, length_shift, squares, moments, pattern = arguments
+        ctx.save_for_backward(query, key, center, key_shift, weights, length_shift, squares)
+        ctx.moments, ctx.pattern = moments and replace(moments, weights=None, length_shift=None, squares=None), pattern
+        found: Tensor = backends.BACKENDS["cpu"].load().row_centers(query, key, center, key_shift, moments, *pattern)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of query, key, center, key shift and the parts of the moments."""
+        if torch.is_grad_enabled():
+            refuse_second_derivatives()
+        query, key, center, key_shift, *parts = ctx.saved_tensors
+        moments = ctx.moments
+        if moments is not None:
+            moments = replace(moments, **dict(zip(("weights", "length_shift", "squares"), parts, strict=True)))
+        kernels = backends.BACKENDS["cpu"].load()
+        grads = kernels.row_centers_backward(grad, query, key, center, key_shift, moments, *ctx.pattern)
+        return *grads, None, None
 
 
 def _fits(query: Tensor, key: Tensor, key_shift: Tensor) -> bool:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
 from .backends import BACKENDS
 from .call import Call, compute_dtype, empty_gradient
+from .modes import refuse_second_derivatives
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? mask, Tensor? ranges, Tensor? center, "
@@ -102,10 +102,7 @@ def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 
 def _refuse_second_derivatives(ctx: Any, *gradients: Tensor) -> None:
-    raise BackendError(
-        "the fused backends have first derivatives only, and this backward pass is itself differentiated "
-        "(create_graph=True). Use backend='reference'."
-    )
+    refuse_second_derivatives()
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..errors import BackendError
 from . import backends
 from .call import Call
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -53,14 +58,31 @@ def _function_transform() -> str | None:
     return f"torch.func.{torch._C._functorch.peek_interpreter_stack().key().name.lower()}"
 
 
+def is_plain(*operands: Tensor | None) -> bool:
+    """Whether nobody but autograd sees an operator: no tracer, transform, dispatch mode or tensor subclass."""
+    if torch.compiler.is_compiling() or backends.is_traced() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_meta) for tensor in operands)
+
+
+def is_differentiated(*operands: Tensor | None) -> bool:
+    """Whether autograd records what is computed of operands."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands)
+
+
 def runs_at_once(*operands: Tensor | None) -> bool:
-    """Whether nobody is there to see an operator: no gradient, no tracer, no dispatch mode, no tensor subclass.
+    """Whether nobody at all is there to see an operator.
 
     The backend is called directly then, as the dispatch through Python costs as much as a small attention.
     """
-    if torch.compiler.is_compiling() or backends.is_traced() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    tensors = [t for t in operands if t is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors)
+    return is_plain(*operands) and not is_differentiated(*operands)
+
+
+def refuse_second_derivatives() -> NoReturn:
+    """Raises BackendError: a backward pass is itself differentiated, and its backend has no derivatives of that."""
+    raise BackendError(
+        "the fused backends have first derivatives only, and this backward pass is itself differentiated "
+        "(create_graph=True). Use backend='reference'."
+    )

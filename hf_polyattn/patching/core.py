@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ from ..errors import PatchError
 from ..ops import polynomial_attention, score_moments
 from ..ops.call import compute_dtype, without_autocast
 from ..ops.centers import fused_centers
+from ..ops.layer import MOMENTS, POLYNOMIAL, REFINEMENT, fused_layer
 from ..ops.masks import count_visible
 from ..ops.modes import autocast_inputs, is_transformed
 from ..ops.moments import moments_of
-from ..spec import PolyAttentionConfig
+from ..spec import NORMALIZERS, PolyAttentionConfig
 from .configured import ConfiguredPolynomial
 from .recording import is_recorded
 from .row_shift import Refinement, alpha_of, evaluate
@@ -93,10 +94,16 @@ class PolyAttention(ConfiguredPolynomial):
                 f"this attention module was patched for {self.heads} query heads and now gets {query.shape[1]}; "
                 "unpatch the model before changing its heads"
             )
-        self._warn_of_length(key)
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
         pattern["scaling"] = scaling
+        if dropout == 0.0 and not return_weights and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            at_once = self._at_once(query, key, value, pattern)
+            if at_once is not None:
+                self._warn_of_length(key.shape[2])
+                return at_once
+        if not is_recorded(key):
+            self._warn_of_length(key.shape[2])
         center: Tensor | float = self.center if config.interval else 0.0
         if config.row_shift != "none" or self.refinements:
             center = self.row_centers(query, key, **pattern)
@@ -118,6 +125,38 @@ class PolyAttention(ConfiguredPolynomial):
             **pattern,
         )
         return output
+
+    def _at_once(self, query: Tensor, key: Tensor, value: Tensor, pattern: dict[str, Any]) -> Tensor | None:
+        """Returns the output as one kernel gives it, see `fused_layer`; None where something wraps the parameters."""
+        config, spec = self.config, self.config.spec
+        moves = config.row_shift != "none" or spec.refinements > 0
+        shift: list[Tensor] = []
+        refinements: list[Tensor] = []
+        try:
+            polynomial = _held(self, POLYNOMIAL)
+            if moves:
+                shift += _held(self, ("key_shift",))
+            if config.row_shift == "moments":
+                shift += _held(self.moments, MOMENTS)
+            if spec.refinements:
+                refinements = [tensor for part in self._refinements() for tensor in _held(part, REFINEMENT)]
+        except KeyError:
+            return None
+        return fused_layer(
+            query,
+            key,
+            value,
+            polynomial,
+            shift,
+            refinements,
+            power=spec.power,
+            normalizer=NORMALIZERS.index(spec.normalizer),
+            clamp=bool(config.clamp),
+            interval=config.interval,
+            alpha=alpha_of(spec.normalizer),
+            backend=config.backend,
+            **pattern,
+        )
 
     def row_centers(
         self,
@@ -149,15 +188,15 @@ class PolyAttention(ConfiguredPolynomial):
             center = center + part.step(self._row_sum(part, query, key, center, pattern | {"scaling": scaling}))
         return center
 
-    def _warn_of_length(self, key: Tensor) -> None:
+    def _warn_of_length(self, k_len: int) -> None:
         """Warns once where sequences are far longer or shorter than those of the calibration."""
         lengths = self.config.lengths
-        if lengths is None or is_recorded(key) or self._warned:
+        if lengths is None or self._warned:
             return
-        if not lengths[0] <= FAR * key.shape[2] <= FAR * FAR * lengths[1]:
+        if not lengths[0] <= FAR * k_len <= FAR * FAR * lengths[1]:
             self._warned = True
             warnings.warn(
-                f"a sequence has {key.shape[2]} keys, but this model was calibrated on rows of {lengths[0]} to "
+                f"a sequence has {k_len} keys, but this model was calibrated on rows of {lengths[0]} to "
                 f"{lengths[1]}: what it computes there is not measured. Look with diagnose(model, batches) whether its "
                 "outputs are softmax's still, or calibrate on such sequences.",
                 stacklevel=2,
@@ -242,6 +281,12 @@ class PolyAttention(ConfiguredPolynomial):
             shift = torch.linalg.vecdot(query.to(dtype), self.key_shift.to(dtype)[:, None])
             center: Tensor = self.center.to(dtype)[:, None] + scaling * shift
             return center
+
+
+def _held(module: Any, names: Sequence[str]) -> list[Tensor]:
+    """Returns parameters as a module holds them; KeyError for one that a wrapper or a parametrization took away."""
+    parameters = module._parameters
+    return [parameters[name] for name in names]
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -105,7 +105,7 @@ class MomentShift(nn.Module):
 
     def weighed(self, alpha: float) -> MomentWeights:
         """Returns what `forward` weighs by, as the fused kernel takes it."""
-        weights = self.weights.detach() / self.scales
+        weights = self.weights / self.scales
         fewest, most = self.lengths.tolist()
         return MomentWeights(weights, self.means, self.length_shift, self.squares, (fewest, most), alpha)
 

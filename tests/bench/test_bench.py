@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_polyattn import cli
-from hf_polyattn.bench import command
+from hf_polyattn.bench import command, decoding
 from hf_polyattn.bench.cases import CASES, SPECS, Case
 from hf_polyattn.bench.models import MODELS, _bert, _vit
 from hf_polyattn.bench.operator import time_cases
@@ -23,10 +23,16 @@ from hf_polyattn.errors import InputError
 SMALL = (Case(2, 4, 2, 33, 16, True), Case(1, 2, 2, 40, 8, queries=1))
 TINY = {"tiny": (partial(_bert, 1, 32, 2), ((2, 12), (1, 20))), "tiny-vit": (partial(_vit, 32, 2), ((1, 197),))}
 
+TINY_LANGUAGE = {
+    "tiny-gpt2": (partial(decoding._gpt2, 1, 32, 2), (5, 40)),
+    "tiny-llama": (partial(decoding._llama, 1, 32, 4, 2), (5,)),
+}
+
 
 def test_bench_writes_ratios_of_verified_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setitem(CASES, "cpu", SMALL)
     monkeypatch.setitem(MODELS, "cpu", TINY)
+    monkeypatch.setitem(decoding.MODELS, "cpu", TINY_LANGUAGE)
     options = ["--device", "cpu", "--repeats", "2", "--dtype", "float32", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["polyattn", "bench", *options])
     with pytest.raises(SystemExit, match="0"):
@@ -45,6 +51,14 @@ def test_bench_writes_ratios_of_verified_cases(monkeypatch: pytest.MonkeyPatch, 
     }
     for row in results["models"]:
         assert row["train"]["latency"] == pytest.approx(row["train"]["ms"] / row["train"]["softmax_ms"], rel=0.1)
+    assert [(row["model"], row["cached"], row["spec"]) for row in results["decode"]] == [
+        (model, cached, str(spec))
+        for model, (_, lengths) in TINY_LANGUAGE.items()
+        for cached in lengths
+        for spec in SPECS
+    ]
+    for row in results["decode"]:
+        assert row["latency"] == pytest.approx(row["ms"] / row["softmax_ms"], rel=0.1)
     (memory,) = results["memory"]
     assert memory["mib"].keys() == {"sdpa", *map(str, SPECS)}
     weights = 8192**2 * 8 * 4 / 2**20
@@ -84,6 +98,18 @@ def test_bench_measures_a_part_and_keeps_what_it_had_when_cut_off(
     with pytest.raises(KeyboardInterrupt):
         command.run("cpu", ["float32"], "auto", 1, tmp_path, parts=["operator"])
     results = json.loads((tmp_path / "bench.json").read_text())
-    assert (results["rows"], results["models"], results["memory"]) == ([{"case": "first"}], [], [])
-    with pytest.raises(InputError, match=r"parts must be of \['operator', 'models', 'memory'\], got \['speed'\]"):
+    assert [results[key] for key in command.PARTS.values()] == [[{"case": "first"}], [], [], []]
+    with pytest.raises(InputError, match=r"parts must be of \['operator', 'models', 'decode', 'memory'\], got"):
         command.run("cpu", ["float32"], "auto", 1, tmp_path, parts=["speed"])
+
+
+def test_a_step_decodes_after_the_same_cache_each_time() -> None:
+    model, seen = decoding._llama(1, 32, 4, 2, 50).eval(), []
+    step = decoding._step(model, 40)
+    model.register_forward_hook(
+        lambda _, __, inputs, output: seen.append((inputs["input_ids"].shape, output.past_key_values.get_seq_length())),
+        with_kwargs=True,
+    )
+    step()
+    step()
+    assert [(tuple(shape), length) for shape, length in seen] == [((1, 1), 41)] * 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hf_polyattn.patching.core
-from hf_polyattn import PolyAttentionConfig
+from hf_polyattn import BackendError, PolyAttentionConfig
 from hf_polyattn.ops.centers import LONGEST
 from hf_polyattn.patching.core import PolyAttention
 
@@ -104,17 +104,71 @@ def test_every_parameter_counts_in_the_kernel() -> None:
             assert (after - before).abs().amax((0, 2)).min() > 1e-4, name
 
 
+TRAINED = ("center", "key_shift", "moments.weights", "moments.length_shift", "moments.squares")
+LONGER: dict[str, dict[str, Any]] = {
+    "blocks": {"q_len": 150, "k_len": 150},
+    "causal blocks": {"q_len": 150, "k_len": 150, "causal": True},
+}
+
+
+def gradients_of(
+    layer: PolyAttention, query: Tensor, key: Tensor, settings: dict[str, Any]
+) -> dict[str, Tensor | None]:
+    leaves = {"query": query.detach().requires_grad_(), "key": key.detach().requires_grad_()}
+    centers = layer.row_centers(leaves["query"], leaves["key"], scaling=0.2, **settings)
+    leaves |= {name: parameter for name, parameter in layer.named_parameters() if name in TRAINED}
+    wanted = torch.randn(centers.shape, generator=torch.Generator().manual_seed(5)).to(centers.dtype)
+    found = torch.autograd.grad(centers, list(leaves.values()), wanted, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("row_shift", ["linear", "moments"])
+@pytest.mark.parametrize("pattern", [name for name in (*PATTERNS, *LONGER) if name != "decode"])
+def test_gradients_are_those_of_pytorch(pattern: str, row_shift: str, kernel_calls: list[bool]) -> None:
+    settings = dict({**PATTERNS, **LONGER}[pattern])
+    query, key = operands(settings.pop("q_len", 40), settings.pop("k_len", 40), torch.float32)
+    layer = shifted(row_shift, 3 if row_shift == "moments" else 0)
+    found = gradients_of(layer, query, key, settings)
+    exact = gradients_of(layer.double(), query.double(), key.double(), settings)
+    assert kernel_calls == [True, False]
+    assert sum(grad is not None for grad in exact.values()) == (7 if row_shift == "moments" else 3)
+    for name, expected in exact.items():
+        if expected is None:
+            assert found[name] is None, name
+        else:
+            assert found[name].dtype == torch.float32
+            assert (found[name].double() - expected).abs().max() < 5e-6 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_rounded_operands(dtype: torch.dtype, kernel_calls: list[bool]) -> None:
+    query, key = operands(40, 40, dtype)
+    layer = shifted()
+    found = gradients_of(layer, query, key, {"causal": True})
+    exact = gradients_of(layer.double(), query.double(), key.double(), {"causal": True})
+    assert kernel_calls == [True, False]
+    for name in exact:
+        tolerance = torch.finfo(dtype).eps if name in ("query", "key") else 5e-6
+        assert (found[name].double() - exact[name]).abs().max() < tolerance * exact[name].abs().max(), name
+    assert found["query"].stride() == query.stride()  # heads inside of tokens, as the projection before has them
+
+
+def test_second_derivatives_are_refused_by_name() -> None:
+    layer, (query, key) = shifted(), operands(40, 40, torch.float32)
+    centers = layer.row_centers(query.requires_grad_(), key, scaling=0.2)
+    with pytest.raises(BackendError, match="first derivatives only"):
+        torch.autograd.grad(centers.sum(), query, create_graph=True)
+
+
 def test_what_the_kernel_leaves_to_pytorch(kernel_calls: list[bool]) -> None:
     layer, (query, key) = shifted(), operands(40, 40, torch.float32)
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
-    layer.row_centers(query, key, scaling=0.2)  # parameters want gradients
+    layer.row_centers(query[:, :, :1], key, scaling=0.2)  # too few rows for the kernel's gradients
     with torch.no_grad():
         layer.row_centers(query, key, scaling=0.2, mask=mask)
         layer.row_centers(query.double(), key.double(), scaling=0.2)
         layer.row_centers(*operands(LONGEST + 1, LONGEST + 1, torch.float32), scaling=0.2, causal=True)
         torch.func.vmap(lambda q: layer.row_centers(q, key, scaling=0.2))(query[None])
-    layer.requires_grad_(False)
-    layer.row_centers(query.requires_grad_(), key, scaling=0.2)
     assert not any(kernel_calls)
     with torch.no_grad():
         layer.row_centers(*operands(LONGEST + 1, LONGEST + 1, torch.float32), scaling=0.2)

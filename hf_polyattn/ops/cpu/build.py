@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from ...errors import BackendError
 from ..cache import user_cache
 
 _SOURCES = Path(__file__).parent / "csrc"
-_MAIN = "attention.cpp"
 
 # What ATen's vector types need to be compiled for a machine, by what PyTorch runs on it.
 _CAPABILITY_FLAGS = {
@@ -68,6 +68,7 @@ def flags() -> list[str]:
         "-std=c++20",
         "-O3",
         "-fPIC",
+        "-fvisibility=hidden",
         "-fopenmp",
         "-fno-math-errno",
         "-fno-trapping-math",
@@ -146,15 +147,12 @@ def _compile(library: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a builder that was killed
     folder.mkdir()
     try:
-        compiled, linked = folder / "attention.o", folder / library.name
-        for command in (
-            [str(compiler()), *flags(), "-c", str(_SOURCES / _MAIN), "-o", str(compiled)],
-            [str(compiler()), "-shared", str(compiled), "-o", str(linked), *libraries()],
-        ):
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                print(" failed", file=sys.stderr)
-                raise BuildError(f"the CPU kernels do not compile: {' '.join(command)}\n{result.stderr[-4000:]}")
+        parts = {source: str(folder / f"{source.stem}.o") for source in sorted(_SOURCES.glob("*.cpp"))}
+        compiling = [[str(compiler()), *flags(), "-c", str(source), "-o", part] for source, part in parts.items()]
+        linked = folder / library.name
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, compiling))
+        _run([str(compiler()), "-shared", *parts.values(), "-o", str(linked), *libraries()])
         digest = folder / "digest"
         digest.write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
         os.replace(linked, library)
@@ -162,6 +160,13 @@ def _compile(library: Path) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        print(" failed", file=sys.stderr)
+        raise BuildError(f"the CPU kernels do not compile: {' '.join(command)}\n{result.stderr[-4000:]}")
 
 
 @contextmanager

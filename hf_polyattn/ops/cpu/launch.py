@@ -37,6 +37,34 @@ def backward(
 
 
 def row_centers(
+    query: Tensor, key: Tensor, center: Tensor, key_shift: Tensor, moments: MomentWeights | None, *pattern: Any
+) -> Tensor:
+    """Returns the centers of all rows, (B, H, Tq), float32; `pattern` is ranges, causal, window, scaling.
+
+    See `ops.centers.fused_centers`.
+    """
+    found: Tensor = _kernels().row_centers(*_shift_arguments(query, key, center, key_shift, moments, *pattern))
+    return found
+
+
+def row_centers_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    center: Tensor,
+    key_shift: Tensor,
+    moments: MomentWeights | None,
+    *pattern: Any,
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of query, key, center, key shift, and of the moments' weights, length shift and squares."""
+    arguments = _shift_arguments(query, key, center, key_shift, moments, *pattern)
+    of_query, of_key, *others = _kernels().row_centers_backward(grad.float().contiguous(), *arguments)
+    if moments is None:  # the keys do not move their rows
+        return of_query, None, *others[:2], None, None, None
+    return of_query, of_key, *others
+
+
+def _shift_arguments(
     query: Tensor,
     key: Tensor,
     center: Tensor,
@@ -46,8 +74,7 @@ def row_centers(
     causal: bool,
     window: int | None,
     scaling: float,
-) -> Tensor:
-    """Returns the centers of all rows, (B, H, Tq), float32; see `ops.centers.fused_centers`."""
+) -> tuple[Any, ...]:
     batch, _, q_len, _ = query.shape
     parts: tuple[Any, ...] = (None, None, None, None)
     limits: tuple[float, ...] = (0.0, 1.0, 1.0)
@@ -56,11 +83,10 @@ def row_centers(
         parts = tuple(part.detach().contiguous() for part in parts)
         limits = (moments.alpha, *moments.lengths)
     ranges = None if ranges is None else ranges.to(torch.int32).expand(batch, q_len, -1)
-    found: Tensor = _kernels().row_centers(
+    return (
         _rows(query.detach()), _rows(key.detach()), center.detach(), key_shift.detach().contiguous(), *parts, ranges,
         causal, window, scaling, *limits,
     )  # fmt: skip
-    return found
 
 
 def _kernels() -> Any:

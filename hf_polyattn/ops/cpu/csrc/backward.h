@@ -2,10 +2,9 @@
 
 #pragma once
 
+#include "derivatives.h"
 #include "rows.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <limits>
 #include <tuple>
@@ -16,12 +15,6 @@ namespace {
 struct Gradients {
   Tensor query, key, value, coefficients, center;
 };
-
-// hf_polyattn/ops/call.py says why.
-Tensor empty_gradient(const Tensor& operand) {
-  const Tensor gradient = at::empty_like(operand);
-  return gradient.stride(-1) == 1 ? gradient : at::empty(operand.sizes(), operand.options());
-}
 
 template <typename scalar_t, typename mm_t>
 void backward(const Call& call, const Tensor& grad_output, const Tensor& row_scale, bool moments,

@@ -14,7 +14,6 @@
 #include <optional>
 
 namespace polyattn {
-namespace {
 
 using at::Tensor;
 using std::optional;
@@ -125,6 +124,7 @@ struct Call {
 
   int64_t repeats() const { return heads / groups; }
   bool l1() const { return normalizer == kL1; }
+  bool decodes() const { return repeats() * q_len <= kDecodeRows; }
 
   double radius_of(int64_t head) const { return radius ? *radius(head, 0, 0) : 1.0; }
 
@@ -182,5 +182,4 @@ struct Dropout {
   }
 };
 
-}  // namespace
 }  // namespace polyattn

@@ -1,4 +1,4 @@
-// The polynomial of a tile of scores, forward and backward.
+// A polynomial of scores, and the weights of a tile.
 #pragma once
 
 #include "blocks.h"
@@ -66,199 +66,12 @@ struct ForwardTile {
   float* sums;           // l1: Σ w of the rows is added here
 };
 
-// kPlain: no power, nothing hidden, no dropout.
-template <typename mm_t, int P, bool kL1, bool kClamp, bool kMonomial, bool kPlain>
-void weights_of(const ForwardTile<mm_t>& tile, const Polynomial& polynomial) {
-  const Coefficients<P> c(polynomial.coefficients);
-  const Vec slope(polynomial.slope);
-  const int squarings = polynomial.squarings;
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const int64_t row = i * tile.columns;
-    const Vec offset(tile.offsets[i]);
-    Vec sum(0.0f), other_sum(0.0f);
-    auto weight = [&](int64_t j, Vec& total) {
-      Vec t = at::vec::fmadd(Vec::loadu(tile.scores + row + j), slope, offset);
-      if constexpr (kClamp) t = limited(t);
-      Vec w = kMonomial ? c.c[P] * power_of<P>(t) : c.value(t);
-      if constexpr (!kPlain) {
-        for (int s = 0; s < squarings; ++s) w = w * w;
-        if (tile.visible != nullptr) w = w & Vec::loadu(tile.visible + row + j);
-      }
-      if constexpr (kL1) total = total + w.abs();
-      if constexpr (!kPlain) {
-        if (tile.kept != nullptr) w = w * Vec::loadu(tile.kept + row + j);
-      }
-      return w;
-    };
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= tile.columns; j += 2 * kLanes) {
-      const Vec w = weight(j, sum), next = weight(j + kLanes, other_sum);
-      store(tile.weights + row + j, w, next);
-    }
-    if (j < tile.columns) store(tile.weights + row + j, weight(j, sum));
-    if constexpr (kL1) {
-      tile.sums[i] += polyattn::sum(sum + other_sum);
-    }
-  }
-}
-
-template <typename mm_t, int P, bool kL1, bool kClamp, bool kMonomial>
-void weights(const ForwardTile<mm_t>& tile, const Polynomial& polynomial) {
-  if (polynomial.squarings == 0 && tile.visible == nullptr && tile.kept == nullptr) {
-    weights_of<mm_t, P, kL1, kClamp, kMonomial, true>(tile, polynomial);
-  } else {
-    weights_of<mm_t, P, kL1, kClamp, kMonomial, false>(tile, polynomial);
-  }
-}
-
-// Backward: transposed tiles (keys, rows), so that what belongs to a row of the attention sits in a lane ---------
-
-// Sums over the keys of one row, kept for every row of a block: [sum][row].
-struct RowSums {
-  float* data;
-  int64_t stride;
-  int degree;
-
-  static int64_t count(int degree) { return degree + 3; }
-  float* moment(int k) const { return data + k * stride; }          // Σ dp t^k
-  float* slope() const { return data + (degree + 1) * stride; }     // Σ dp p'(t)
-  float* weighted() const { return data + (degree + 2) * stride; }  // Σ g w
-};
-
 template <typename mm_t>
-struct BackwardTile {
-  int64_t keys, rows;           // rows: a multiple of kPad, and the stride of all that follow
-  const float* scores;
-  const float* grad_weights;    // dO_i · v_j
-  mm_t* weights;                // out: r w, kept
-  mm_t* grad_scores;            // out
-  mm_t* grad_scores_packed;     // out: the same as a B operand
-  const float *offsets, *row_scales, *deltas;  // of the rows
-  const float *visible, *kept;                 // as in ForwardTile
-  RowSums sums;
-  bool moments;  // whether the coefficients need a gradient
-};
+using WeightsOf = void (*)(const ForwardTile<mm_t>&, const Polynomial&);
 
-// Keys over which a lane adds up before the sum joins the others: rounding grows with the length of a sum.
-constexpr int64_t kRun = 32;
-
-// One vector of a tile: t, w = p(t)^s and q = s p(t)^(s−1), nil where hidden, and g = r dO·v.
-template <typename mm_t, int P, bool kClamp, bool kMonomial>
-struct Element {
-  Vec raw, t, w, q, g, kept;
-
-  Element(const BackwardTile<mm_t>& tile, int64_t at, const Coefficients<P>& c, int squarings, Vec slope, Vec offset,
-          Vec scale) {
-    raw = at::vec::fmadd(Vec::loadu(tile.scores + at), slope, offset);
-    t = kClamp ? limited(raw) : raw;
-    w = kMonomial ? c.c[P] * power_of<P>(t) : c.value(t);
-    q = Vec(1.0f);
-    if (squarings > 0) {
-      q = w * Vec(static_cast<float>(1 << squarings));
-      w = w * w;
-      for (int s = 1; s < squarings; ++s) {
-        q = q * w;
-        w = w * w;
-      }
-    }
-    if (tile.visible != nullptr) {
-      const Vec visible = Vec::loadu(tile.visible + at);
-      w = w & visible;
-      q = q & visible;
-    }
-    g = Vec::loadu(tile.grad_weights + at) * scale;
-    if (tile.kept != nullptr) {
-      kept = Vec::loadu(tile.kept + at);
-      g = g * kept;
-    }
-  }
-};
-
-inline void accumulate(float* to, Vec x) { (Vec::loadu(to) + x).store(to); }
-
-// l1: adds Σ_j g_ij w_ij of a tile to the sums of its rows.
-template <typename mm_t, int P, bool kClamp, bool kMonomial>
-void weigh(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
-  const Coefficients<P> c(polynomial.coefficients);
-  const Vec slope(polynomial.slope);
-  for (int64_t i = 0; i < tile.rows; i += kLanes) {
-    const Vec offset = Vec::loadu(tile.offsets + i), scale = Vec::loadu(tile.row_scales + i);
-    for (int64_t start = 0; start < tile.keys; start += kRun) {
-      Vec total(0.0f);
-      for (int64_t j = start; j < std::min(tile.keys, start + kRun); ++j) {
-        const Element<mm_t, P, kClamp, kMonomial> e(tile, j * tile.rows + i, c, polynomial.squarings, slope, offset,
-                                                    scale);
-        total = at::vec::fmadd(e.g, e.w, total);
-      }
-      accumulate(tile.sums.weighted() + i, total);
-    }
-  }
-}
-
-// With ± the sign of w, d(loss)/dp = (g ∓ δ) q.
-template <typename mm_t, int P, bool kL1, bool kClamp, bool kMonomial>
-void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
-  const Coefficients<P> c(polynomial.coefficients);
-  const Vec slope(polynomial.slope), one(1.0f), zero(0.0f);
-  const int squarings = polynomial.squarings;
-  for (int64_t i = 0; i < tile.rows; i += kLanes) {
-    const Vec offset = Vec::loadu(tile.offsets + i), scale = Vec::loadu(tile.row_scales + i);
-    const Vec delta = kL1 ? Vec::loadu(tile.deltas + i) : zero;
-    for (int64_t start = 0; start < tile.keys; start += kRun) {
-      Vec moments[P + 1], total_slope(0.0f);
-      for (int k = 0; k <= P; ++k) moments[k] = zero;
-
-      auto grad_score = [&](int64_t j) {
-        const int64_t at = j * tile.rows + i;
-        const Element<mm_t, P, kClamp, kMonomial> e(tile, at, c, squarings, slope, offset, scale);
-        const Vec out = e.w * scale;
-        store(tile.weights + at, tile.kept == nullptr ? out : out * e.kept);
-
-        Vec dp = e.g;
-        if constexpr (kL1) {
-          if (squarings > 0) {
-            dp = dp - delta;
-          } else {  // w may be negative
-            dp = dp - Vec::blendv(Vec::blendv(zero, delta, e.w > zero), delta.neg(), e.w < zero);
-          }
-        }
-        dp = dp * e.q;
-        Vec p_slope;
-        if constexpr (kMonomial) {
-          p_slope = c.c[P] * Vec(static_cast<float>(P));
-          if constexpr (P > 1) p_slope = p_slope * power_of<P - 1>(e.t);
-        } else {
-          p_slope = c.derivative(e.t);
-        }
-        if constexpr (kClamp) p_slope = p_slope & (e.raw > Vec(-1.0f)) & (e.raw < one);
-        const Vec dt = dp * p_slope;
-        total_slope = total_slope + dt;
-        if (tile.moments) {
-          if constexpr (kMonomial) {
-            moments[P] = at::vec::fmadd(dp, power_of<P>(e.t), moments[P]);
-          } else {
-            moments[0] = moments[0] + dp;
-            for (int k = 1; k <= P; ++k) {
-              dp = dp * e.t;
-              moments[k] = moments[k] + dp;
-            }
-          }
-        }
-        const Vec result = dt * slope;
-        store(tile.grad_scores + at, result);
-        return result;
-      };
-
-      const int64_t stop = std::min(tile.keys, start + kRun);
-      for (int64_t j = start; j < stop; j += 2) {
-        const Vec first = grad_score(j), second = j + 1 < stop ? grad_score(j + 1) : zero;
-        store_packed(tile.grad_scores_packed + j * tile.rows + kPack<mm_t> * i, tile.rows, first, second);
-      }
-      for (int k = kMonomial ? P : 0; k <= P && tile.moments; ++k) accumulate(tile.sums.moment(k) + i, moments[k]);
-      accumulate(tile.sums.slope() + i, total_slope);
-    }
-  }
-}
+// The function that makes the weights of a polynomial; in weights.cpp, for float and BFloat16.
+template <typename mm_t>
+WeightsOf<mm_t> choose_weights(const Polynomial& polynomial);
 
 // The instance of a template for a polynomial --------------------------------------------------------------------
 
@@ -274,28 +87,6 @@ auto choose(const Polynomial& p, Instance, std::integer_sequence<int, P...>) {
                                            Instance().template operator()<P + 1, true, true, false>(),
                                            Instance().template operator()<P + 1, true, false, true>()}...};
   return table[p.degree - 1][3 * p.l1 + (p.clamp ? 1 : 2 * p.monomial)];
-}
-
-template <typename mm_t>
-auto choose_weights(const Polynomial& p) {
-  auto instance = []<int P, bool kL1, bool kClamp, bool kMonomial>() {
-    return &weights<mm_t, P, kL1, kClamp, kMonomial>;
-  };
-  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
-}
-
-template <typename mm_t>
-auto choose_gradients(const Polynomial& p) {
-  auto instance = []<int P, bool kL1, bool kClamp, bool kMonomial>() {
-    return &gradients<mm_t, P, kL1, kClamp, kMonomial>;
-  };
-  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
-}
-
-template <typename mm_t>
-auto choose_weigh(const Polynomial& p) {
-  auto instance = []<int P, bool, bool kClamp, bool kMonomial>() { return &weigh<mm_t, P, kClamp, kMonomial>; };
-  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
 }
 
 }  // namespace polyattn

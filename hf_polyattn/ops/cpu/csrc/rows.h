@@ -34,7 +34,7 @@ struct RowBlock {
 // Fills what hides elements of a tile of a block's rows and `columns` keys from keys.start on, of which those beyond
 // keys.stop are hidden: all bits set where row i sees key j. Element (i, j) is at i · row_step + j · key_step, and one
 // of the steps is 1.
-void fill_visible(const Call& call, const RowBlock& block, Range keys, int64_t columns, int64_t row_step,
+inline void fill_visible(const Call& call, const RowBlock& block, Range keys, int64_t columns, int64_t row_step,
                   int64_t key_step, float* to) {
   auto* bits = reinterpret_cast<int32_t*>(to);
   if (key_step == 1) {
@@ -63,7 +63,7 @@ void fill_visible(const Call& call, const RowBlock& block, Range keys, int64_t c
   }
 }
 
-void fill_kept(const Call& call, const Dropout& dropout, const RowBlock& block, Range keys, int64_t columns,
+inline void fill_kept(const Call& call, const Dropout& dropout, const RowBlock& block, Range keys, int64_t columns,
                int64_t row_step, int64_t key_step, float* to) {
   for (int64_t i = 0; i < block.rows; ++i) {
     const uint32_t word = dropout.row_word(call, block.entry, block.head, block.first + i);
@@ -72,7 +72,7 @@ void fill_kept(const Call& call, const Dropout& dropout, const RowBlock& block, 
 }
 
 // Cuts `length` into equal parts of at most `most`, each a multiple of kPad but the last; returns their size.
-int64_t even_step(int64_t length, int64_t most) {
+inline int64_t even_step(int64_t length, int64_t most) {
   return round_up(ceil_div(length, ceil_div(length, most)), kPad);
 }
 

@@ -32,6 +32,17 @@ struct Shift {
   bool rows_see_the_same() const { return !causal && !window && (!ranges || ranges.strides[1] == 0); }
 };
 
+inline Shift make_shift(const Tensor& query, const Tensor& key, const Tensor& center, const Tensor& key_shift,
+                 const optional<Tensor>& weights, const optional<Tensor>& means, const optional<Tensor>& length_shift,
+                 const optional<Tensor>& directions, const optional<Tensor>& ranges, bool causal,
+                 optional<int64_t> window, double scaling, double alpha, double fewest, double most) {
+  return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3),
+          directions ? directions->size(1) : 0, query, key, View<float>(center), View<float>(key_shift),
+          View<float>(weights), View<float>(means), View<float>(length_shift), View<float>(directions),
+          View<int32_t>(ranges), causal, window, static_cast<float>(scaling), static_cast<float>(alpha),
+          static_cast<float>(fewest), static_cast<float>(most)};
+}
+
 constexpr int64_t kSharing = 8;    // rows of a product that share what they load
 constexpr int64_t kBlockRows = 64;  // queries that are looked at together, a multiple of it
 
@@ -107,6 +118,7 @@ enum Column : int64_t { kKeyMean, kKeyShift, kLengthShift, kDirections };
 struct Matrix {
   int64_t dim, covariance, columns;  // columns of the covariance, and of all
   std::vector<float> values;         // (dim, columns), the rows of the covariance padded
+  std::vector<float> key_mean;       // (dim)
 
   Matrix(const Shift& shift, bool by_keys)
       : dim(shift.head_dim),
@@ -116,6 +128,13 @@ struct Matrix {
 
   void set(Column column, int64_t number, const float* from) {
     for (int64_t d = 0; d < dim; ++d) values[d * columns + covariance + column + number] = from[d];
+  }
+
+  // Takes what a head's queries are looked at with, whatever they see.
+  void take_head(const Shift& shift, int64_t h) {
+    set(kKeyShift, 0, shift.key_shift(h, 0, 0));
+    if (shift.weights) set(kLengthShift, 0, shift.length_shift(h, 0, 0));
+    for (int64_t r = 0; r < shift.squares; ++r) set(kDirections, r, shift.directions(h, r, 0));
   }
 
   // Takes mean and covariance of keys that lie `covariance` columns apart, the last ones 0; they are centered in place.
@@ -138,6 +157,7 @@ struct Matrix {
       }
     }
     set(kKeyMean, 0, mean.data());
+    key_mean = std::move(mean);
   }
 };
 
@@ -196,7 +216,7 @@ struct KeyHead {
         moments(static_cast<bool>(shift.weights)),
         by_keys(moments && shift.rows_see_the_same() && shift.q_len > 1 && shift.k_len > dim),
         transposed(moments && !by_keys && repeats() * shift.q_len >= kSharing),
-        keys(by_keys ? shift.k_len * width : dim),
+        keys(by_keys ? round_up(shift.k_len, kSharing) * width : dim),
         own_scores(moments && !by_keys && !transposed ? shift.k_len : 0),
         matrix(shift, by_keys),
         scores(transposed ? dim : 0, shift.k_len, std::min(kBlockRows, shift.q_len)) {
@@ -211,12 +231,6 @@ struct KeyHead {
   int64_t repeats() const { return shift.heads / shift.groups; }
   Range seen_by(int64_t i) const {
     return visible_keys(b, i, shift.k_len, shift.causal, shift.window, shift.ranges);
-  }
-
-  void take_head(int64_t h) {
-    matrix.set(kKeyShift, 0, shift.key_shift(h, 0, 0));
-    if (moments) matrix.set(kLengthShift, 0, shift.length_shift(h, 0, 0));
-    for (int64_t r = 0; r < shift.squares; ++r) matrix.set(kDirections, r, shift.directions(h, r, 0));
   }
 
   // Looks at rows `start`, start + 1, … whose scaled queries are given.
@@ -254,7 +268,7 @@ void shift_group(const Shift& shift, const View<scalar_t>& queries, const View<s
   const int64_t columns = head.matrix.columns;
   std::vector<float> block(kBlockRows * dim), products(kBlockRows * columns);
   for (int64_t h = g * head.repeats(); h < (g + 1) * head.repeats(); ++h) {
-    head.take_head(h);
+    head.matrix.take_head(shift, h);
     for (int64_t start = 0; start < shift.q_len; start += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, shift.q_len - start);
       for (int64_t i = 0; i < rows; ++i) read(queries(b, h, start + i), shift.scaling, dim, block.data() + i * dim);

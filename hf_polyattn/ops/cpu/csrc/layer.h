@@ -1,0 +1,218 @@
+// The forward pass of one attention module: where its rows are shifted to, its refinements and its attention.
+//
+// The first product of a block of rows is kept for all keys, as long as it fits the cache: moments, shift, refinements,
+// polynomial and second product follow on it. Longer rows take `row_centers`, a pass for each refinement, and `forward`.
+
+#pragma once
+
+#include "forward.h"
+#include "shift.h"
+
+namespace polyattn {
+namespace {
+
+constexpr int64_t kKeptKeys = 1024;  // of a block's scores, which are kept in the second-level cache
+constexpr int64_t kSteps = 5;        // coefficients of a refinement's step, and what its row sums are held within
+constexpr float kFewest = 0.2f, kMost = 5.0f;
+
+// A row's polynomial is summed at its center, and a polynomial of that sum is added to the center.
+struct Refinement {
+  Tensor coefficients;  // (H, P + 1)
+  View<float> center, radius, steps;  // (H), (H), (H, kSteps)
+
+  float step(int64_t h, float row_sum) const {
+    const float z = std::clamp(row_sum, kFewest, kMost) - 1.0f;
+    const float* c = steps(h, 0, 0);
+    float g = c[kSteps - 1];
+    for (int64_t k = kSteps - 2; k >= 0; --k) g = g * z + c[k];
+    return g;
+  }
+};
+
+// Rows of moments from tiles of scores, and what follows from them.
+struct KeptScores {
+  int64_t rows, step, tiles;  // a tile holds `step` keys of all rows
+  float* values;
+
+  const float* row(int64_t tile, int64_t i) const { return values + (tile * rows + i) * step; }
+
+  // Sums of a row's visible scores less a number, or of their squares.
+  float sum(int64_t i, Range seen, float less, bool squared) const {
+    float total = 0.0f;
+    for (int64_t tile = seen.start / step; tile * step < seen.stop; ++tile) {
+      const int64_t start = std::max(seen.start - tile * step, int64_t{0});
+      const int64_t stop = std::min(seen.stop - tile * step, step);
+      total += sum_of(row(tile, i) + start, stop - start, less, squared);
+    }
+    return total;
+  }
+  // The moments of the row's scores, each times `scaling`.
+  Moments moments(int64_t i, Range seen, float scaling) const {
+    const int64_t count = seen.stop - seen.start;
+    if (count == 0) return {};
+    const auto n = static_cast<float>(count);
+    const float mean = sum(i, seen, 0.0f, false) / n;
+    return {scaling * mean, scaling * scaling * sum(i, seen, mean, true) / n};
+  }
+};
+
+// Σ p(t)^s over a row's visible scores `from`, `count` of them.
+inline float sum_of_weights(const float* from, int64_t count, const Polynomial& p, float offset) {
+  auto weigh = [&](Vec score) {
+    Vec t = at::vec::fmadd(score, Vec(p.slope), Vec(offset));
+    if (p.clamp) t = limited(t);
+    Vec w(p.coefficients[p.degree]);
+    for (int k = p.degree - 1; k >= 0; --k) w = at::vec::fmadd(w, t, Vec(p.coefficients[k]));
+    for (int n = 0; n < p.squarings; ++n) w = w * w;
+    return w;
+  };
+  Vec total(0.0f);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) total = total + weigh(Vec::loadu(from + j));
+  float result = sum(total);
+  if (j < count) {
+    alignas(64) float rest[kLanes];
+    weigh(load_vec(from + j, count - j)).store(rest);
+    for (int64_t n = 0; n < count - j; ++n) result += rest[n];
+  }
+  return result;
+}
+
+// What a module's rows are shifted by.
+struct Rows {
+  const Call& call;
+  const Shift& shift;
+  const std::vector<Refinement>& refinements;
+  bool moments;
+
+  // The number that a row's Σ w is multiplied by in a refinement, which divides by nothing that the data decide.
+  float scale(int64_t b, int64_t h, int64_t i, Range seen) const {
+    return call.l1() ? 1.0f : call.fixed_row_scale(b, h, i, seen);
+  }
+  Polynomial polynomial(const Refinement& part, int64_t h) const {
+    Polynomial p = call.polynomial(h);
+    p.coefficients = part.coefficients.const_data_ptr<float>() + h * part.coefficients.size(1);
+    p.slope = static_cast<float>(call.scaling) / *part.radius(h, 0, 0);
+    return p;
+  }
+
+  // The center of row i of a block; `along` are the products of its scaled query with the columns of a `Matrix`.
+  float center(const RowBlock& block, int64_t i, const KeptScores& scores, const float* along) const {
+    const int64_t h = block.head;
+    const Range seen = block.keys[i];
+    float found = *shift.center(h, 0, 0) + along[kKeyShift];
+    if (moments) {
+      const Moments own = scores.moments(i, seen, static_cast<float>(call.scaling));
+      found += predicted(shift, h, along, own, seen.stop - seen.start);
+    }
+    for (const Refinement& part : refinements) {
+      const Polynomial p = polynomial(part, h);
+      const float offset = -(found + *part.center(h, 0, 0)) / *part.radius(h, 0, 0);
+      float total = 0.0f;
+      for (int64_t tile = seen.start / scores.step; tile * scores.step < seen.stop; ++tile) {
+        const int64_t start = std::max(seen.start - tile * scores.step, int64_t{0});
+        const int64_t stop = std::min(seen.stop - tile * scores.step, scores.step);
+        total += sum_of_weights(scores.row(tile, i) + start, stop - start, p, offset);
+      }
+      found += part.step(h, scale(block.entry, h, block.first + i, seen) * total);
+    }
+    return found;
+  }
+};
+
+// The output, without mask and dropout.
+template <typename scalar_t, typename mm_t>
+void shifted_forward(const Call& call, const Shift& shift, const std::vector<Refinement>& refinements,
+                     const Tensor& output, const Tensor& row_scale) {
+  constexpr int64_t pack = kPack<mm_t>;
+  const Chunks chunks(call, kTasksPerThread * at::get_num_threads(), kChunkRows);
+  const int64_t dim = call.head_dim, depth = round_up(dim, pack), width = call.value_dim;
+  const int64_t step = even_step(call.k_len, kKeys), tiles = ceil_div(call.k_len, step), keys = tiles * step;
+  const int64_t pairs = call.batch * call.groups, rows = round_up(chunks.step, kSharing);
+  const View<scalar_t> queries(call.query), all_keys(call.key), all_values(call.value);
+  const Results<scalar_t> results(output, row_scale);
+  const Rows of{call, shift, refinements, static_cast<bool>(shift.weights)};
+
+  struct Memory {
+    Matrix matrix;
+    Buffer<mm_t> query, keys, key_rows, values, value_rows, weights;
+    Buffer<float> scaled, along, scores, visible, offsets, outputs, sums;
+  };
+  auto make = [&] {
+    Matrix matrix(shift, false);
+    const int64_t columns = matrix.columns;
+    return Memory{std::move(matrix), Buffer<mm_t>(chunks.step * depth), Buffer<mm_t>(depth * keys),
+                  Buffer<mm_t>(step * depth), Buffer<mm_t>(keys * width), Buffer<mm_t>(step * round_up(width, pack)),
+                  Buffer<mm_t>(chunks.step * step), Buffer<float>(rows * dim), Buffer<float>(rows * columns),
+                  Buffer<float>(chunks.step * keys), Buffer<float>(chunks.step * step), Buffer<float>(chunks.step),
+                  Buffer<float>(chunks.step * width), Buffer<float>(chunks.step)};
+  };
+
+  run_tasks(pairs * chunks.count, make, [&](int64_t task, Memory& memory) {
+    // The last rows see most under causality: they come first.
+    const int64_t chunk = chunks.count - 1 - task / pairs, entry = task % pairs / call.groups;
+    const int64_t group = task % call.groups;
+    const std::vector<RowBlock> blocks = chunks.of(call, entry, group, chunk);
+
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Range own{tile * step, std::min((tile + 1) * step, call.k_len)};
+      if (std::none_of(blocks.begin(), blocks.end(), [&](const RowBlock& b) { return b.sees(own); })) continue;
+      const int64_t count = own.stop - own.start, ld_keys = all_keys.strides[2], ld_values = all_values.strides[2];
+      const scalar_t *from_key = all_keys(entry, group, own.start), *from_value = all_values(entry, group, own.start);
+      prefetch_rows(from_key, ld_keys, count, dim);
+      prefetch_rows(from_value, ld_values, count, width);
+      const auto [key, ld_key] = operand<scalar_t, mm_t>(from_key, ld_keys, count, dim, memory.key_rows);
+      pack_b_transposed(key, ld_key, count, depth, memory.keys + tile * depth * step, step);
+      const auto [value, ld_value] = operand<scalar_t, mm_t>(from_value, ld_values, count, width, memory.value_rows);
+      pack_b(value, ld_value, count, width, memory.values + tile * step * width, step);
+    }
+
+    int64_t head = -1;
+    for (const RowBlock& block : blocks) {
+      if (block.head != head) {
+        head = block.head;
+        memory.matrix.take_head(shift, head);
+      }
+      for (int64_t i = 0; i < block.rows; ++i) {
+        read(queries(entry, head, block.first + i), shift.scaling, dim, memory.scaled + i * dim);
+      }
+      const int64_t columns = memory.matrix.columns;
+      small_product<false>(memory.scaled, dim, memory.matrix.values.data(), columns, round_up(block.rows, kSharing), dim,
+                           columns, memory.along);
+      const auto [query, ld_query] = operand<scalar_t, mm_t>(queries(entry, head, block.first), queries.strides[2],
+                                                             block.rows, dim, memory.query);
+      const KeptScores scores{block.rows, step, tiles, memory.scores};
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        if (!block.sees({tile * step, (tile + 1) * step})) continue;
+        multiply<mm_t>(block.rows, step, depth, query, ld_query, memory.keys + tile * depth * step, step,
+                       memory.scores + tile * block.rows * step, step, false);
+      }
+      const auto radius = static_cast<float>(call.radius_of(head));
+      for (int64_t i = 0; i < block.rows; ++i) {
+        memory.offsets[i] = -of.center(block, i, scores, memory.along + i * columns) / radius;
+      }
+
+      const Polynomial polynomial = call.polynomial(head);
+      std::fill_n(static_cast<float*>(memory.outputs), block.rows * width, 0.0f);
+      std::fill_n(static_cast<float*>(memory.sums), block.rows, 0.0f);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const Range own{tile * step, std::min((tile + 1) * step, call.k_len)};
+        if (!block.sees(own)) continue;
+        const bool whole = own.stop - own.start == step && block.sees_all(own);
+        if (!whole) fill_visible(call, block, own, step, step, 1, memory.visible);
+        const ForwardTile<mm_t> part{block.rows, step, scores.row(tile, 0), memory.weights, memory.offsets,
+                                     whole ? nullptr : static_cast<float*>(memory.visible), nullptr, memory.sums};
+        choose_weights<mm_t>(polynomial)(part, polynomial);
+        multiply<mm_t>(block.rows, width, step, memory.weights, step, memory.values + tile * step * width, width,
+                       memory.outputs, width, true);
+      }
+      for (int64_t i = 0; i < block.rows; ++i) {
+        results.write(call, entry, head, block.first + i, block.keys[i], memory.outputs + i * width, memory.sums[i]);
+      }
+    }
+    release<mm_t>();
+  });
+}
+
+}  // namespace
+}  // namespace polyattn

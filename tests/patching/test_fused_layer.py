@@ -1,0 +1,195 @@
+"""One kernel computes a whole attention module as PyTorch does in float64, and leaves what it cannot to PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from test_fused_centers import PATTERNS, D, H, operands
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+import hf_polyattn.patching.core
+from hf_polyattn import PolyAttentionConfig
+from hf_polyattn.ops.layer import _KEPT, MOMENTS, POLYNOMIAL, REFINEMENT
+from hf_polyattn.patching.core import PolyAttention
+
+SPECS = ("poly3", "poly6-l1", "poly3^4-mean", "poly3~1", "poly4~2-l1", "poly3~1-none")
+LONG: dict[str, dict[str, Any]] = {
+    "several tiles": {"q_len": 300, "k_len": 300, "causal": True},
+    "more keys than are kept": {"q_len": 20, "k_len": _KEPT + 30},
+}
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def module(spec: str, row_shift: str = "moments", clamp: bool = True) -> PolyAttention:
+    generator = torch.Generator().manual_seed(0)
+    squares = 3 if row_shift == "moments" else 0
+    config = PolyAttentionConfig(spec, interval=True, row_shift=row_shift, squares=squares, clamp=clamp)
+    layer = PolyAttention(config, H, D)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("radius"):
+                parameter.copy_(2.0 + torch.rand(parameter.shape, generator=generator))
+            elif not name.endswith("lengths"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for part in (layer, *(layer.refinements or ())):
+            part.coefficients[:, 0] += 1.0  # weights of one sign, so that row sums are well conditioned
+        if layer.moments is not None:
+            layer.moments.scales.abs_().add_(0.5)
+            layer.moments.lengths.copy_(torch.tensor([3.0, 30.0]))
+    return layer
+
+
+@contextmanager
+def watched() -> Iterator[list[bool]]:
+    """Gives whether the kernel took each call."""
+    took: list[bool] = []
+    fused = hf_polyattn.patching.core.fused_layer
+
+    def seen(*arguments: Any, **settings: Any) -> Tensor | None:
+        found = fused(*arguments, **settings)
+        took.append(found is not None)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_polyattn.patching.core, "fused_layer", seen)
+        yield took
+
+
+def inputs(settings: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    query, key = operands(settings.pop("q_len", 40), settings.pop("k_len", 40), dtype)
+    value = torch.randn(*key.shape[:3], 12, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return query, key, value
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("row_shift", ["none", "linear", "moments"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_kernel_computes_what_pytorch_does(spec: str, row_shift: str, dtype: torch.dtype) -> None:
+    layer = module(spec, row_shift)
+    patterns = {**PATTERNS, **LONG} if row_shift == "moments" else PATTERNS
+    for name, pattern in patterns.items():
+        settings = dict(pattern)
+        query, key, value = inputs(settings, dtype)
+        with watched() as took, torch.no_grad():
+            found = layer.float()(query, key, value, scaling=0.2, **settings)
+        exact = layer.double()(query.double(), key.double(), value.double(), scaling=0.2, **settings)
+        assert took == [True], name
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        error = (found.double() - exact).abs().max() / exact.abs().max()
+        assert error < TOLERANCES[dtype], name
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_a_clamp_holds_the_polynomial_and_its_refinements(clamp: bool) -> None:
+    layer, (query, key, value) = module("poly3~1", clamp=clamp), inputs({}, torch.float32)
+    with torch.no_grad():
+        found = layer(query, key, value, scaling=2.0)
+    exact = layer.double()(query.double(), key.double(), value.double(), scaling=2.0)
+    assert (found.double() - exact).abs().max() / exact.abs().max() < 1e-5
+    layer.configure(PolyAttentionConfig(**{**vars_of(layer), "clamp": not clamp}))
+    other = layer.double()(query.double(), key.double(), value.double(), scaling=2.0)
+    assert (found.double() - other).abs().max() / exact.abs().max() > 0.1
+
+
+def vars_of(layer: PolyAttention) -> dict[str, Any]:
+    return {name: getattr(layer.config, name) for name in layer.config.__dataclass_fields__}
+
+
+def test_every_tensor_counts() -> None:
+    layer, (query, key, value) = module("poly3~1"), inputs({}, torch.float32)
+    assert layer.moments is not None
+    assert layer.refinements is not None
+    named = {name: getattr(layer, name) for name in (*POLYNOMIAL, "key_shift")}
+    named |= {f"moments.{name}": getattr(layer.moments, name) for name in MOMENTS}
+    named |= {f"refinement.{name}": getattr(layer.refinements[0], name) for name in REFINEMENT}
+    assert {id(tensor) for tensor in named.values()} == {id(parameter) for parameter in layer.parameters()}
+    with torch.no_grad():
+        before = layer(query, key, value, scaling=0.2, causal=True)
+        for name, tensor in named.items():
+            kept = tensor.clone()
+            tensor.mul_(1.5)
+            after = layer(query, key, value, scaling=0.2, causal=True)
+            tensor.copy_(kept)
+            assert (after - before).abs().amax((0, 1, 3)).min() > 1e-5, name
+
+
+def test_one_polynomial_for_all_heads_and_no_interval() -> None:
+    layer = PolyAttention(PolyAttentionConfig("poly3", granularity="layer"), H, D)
+    query, key, value = inputs({}, torch.float32)
+    with torch.no_grad(), watched() as took:
+        layer.delta.copy_(torch.randn(layer.delta.shape))
+        layer.center.fill_(1.0)  # counts for nothing
+        found = layer(query, key, value, causal=True)
+    exact = layer.double()(query.double(), key.double(), value.double(), causal=True)
+    assert took == [True]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_goes_with_rows_that_are_not_moved() -> None:
+    mask = torch.rand(1, H, 40, 40, generator=torch.Generator().manual_seed(4)) < 0.7
+    query, key, value = inputs({}, torch.float32)
+    for row_shift, expected in (("none", True), ("moments", False)):
+        layer = module("poly3", row_shift)
+        with torch.no_grad(), watched() as took:
+            found = layer(query, key, value, mask=mask)
+        exact = layer.double()(query.double(), key.double(), value.double(), mask=mask)
+        assert took == [expected]
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernel_leaves_to_pytorch() -> None:
+    layer, (query, key, value) = module("poly3"), inputs({}, torch.float32)
+    with watched() as took:
+        layer(query, key, value)  # parameters want gradients
+        with torch.no_grad():
+            layer(query.double(), key.double(), value.double())
+            long = [torch.randn(1, heads, _KEPT + 1, D) for heads in (H, H, H)]
+            layer(*long, causal=True)
+            torch.func.vmap(lambda q: layer(q, key, value))(query[None])
+            layer(query, key, value, dropout=0.1)
+            layer(query, key, value, return_weights=True)
+        layer.requires_grad_(False)
+        assert layer(query.requires_grad_(), key, value).requires_grad
+    assert not any(took)
+
+    query = query.detach()
+    with torch.no_grad(), watched() as took:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = layer(query, key, value)
+        expected = layer(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        assert took == [True, True]
+        assert torch.equal(rounded, expected)
+        doubled = torch.nn.Module()
+        doubled.forward = lambda tensor: 2.0 * tensor  # type: ignore[method-assign, assignment]
+        before = layer(query, key, value)
+        parametrize.register_parametrization(layer, "center", doubled)
+        assert not torch.equal(layer(query, key, value), before)
+
+
+def test_empty_inputs_and_wrong_ones() -> None:
+    layer = module("poly3")
+    with torch.no_grad():
+        none = torch.zeros(2, 2, 0, D)
+        assert layer(torch.randn(2, H, 3, D), none, none).abs().sum() == 0.0
+        with pytest.raises(ValueError, match="do not fit"):
+            layer(torch.randn(2, H, 3, D), torch.randn(2, H, 3, D + 1), torch.randn(2, H, 3, D))
+        with pytest.raises(ValueError, match=r"ranges .* do not fit"):
+            layer(*(torch.randn(2, H, 3, D) for _ in range(3)), ranges=torch.zeros(5, 1, 2, dtype=torch.int32))
+
+
+def test_the_kernel_is_the_same_on_any_number_of_threads() -> None:
+    layer, (query, key, value) = module("poly3~1"), inputs({"q_len": 200, "k_len": 200}, torch.float32)
+    threads, found = torch.get_num_threads(), []
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(layer(query, key, value, causal=True))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
