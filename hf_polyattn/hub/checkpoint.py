@@ -16,7 +16,7 @@ from ..errors import CheckpointError, PatchError
 from ..patching import settings
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES, SAVED_VERSION
-from ..patching.relative import CHANGES, no_change
+from ..patching.relative import CHANGES, no_change, warn_of_rounding
 from ..patching.resuming import mark_untrained
 from ..patching.saved_config import CONFIG_KEY, IMPLEMENTATIONS, mentions_polyattn
 from ..spec import MAX_REFINEMENTS
@@ -283,6 +283,8 @@ def check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         value = tensor.float()
         if not value.isfinite().all():
             raise CheckpointError(f"{source}: tensor {key!r} has NaN or infinite values. {_AGAIN}")
+        if name.endswith("coefficients"):
+            warn_of_rounding(tensor, source)
         if name.endswith(_POSITIVE) and not (value > 0).all():
             raise CheckpointError(f"{source}: tensor {key!r} has values <= 0; it must be positive. {_AGAIN}")
 

@@ -23,7 +23,7 @@ from ..ops.moments import moments_of
 from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
 from .recording import is_recorded
-from .relative import RelativePolynomial, initial_directions, no_change
+from .relative import RelativePolynomial, initial_directions, no_change, warn_of_rounding
 from .resuming import mark_untrained
 from .row_shift import MomentShift, Refinement, alpha_of, evaluate, shift_modules
 
@@ -154,6 +154,7 @@ class PolyAttention(RelativePolynomial):
                     "say what they mean. Load their folder with from_pretrained, and go on from that model, without "
                     "the optimizer's state: the parameters that it is of are no longer those that train."
                 )
+            warn_of_rounding(own["coefficients"], "a state dict")
             added = no_change(own, self.config)
             state_dict.update({prefix + name: tensor for name, tensor in added.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -232,7 +233,15 @@ class PolyAttention(RelativePolynomial):
                 f"this attention module was patched for {self.heads} query heads and now gets {query.shape[1]}; "
                 "unpatch the model before changing its heads"
             )
+        if config.interval and self.coefficients.dtype in (torch.bfloat16, torch.float16):
+            raise PatchError(
+                f"the parameters of this polynomial were cast to {self.coefficients.dtype}, one by one, and are not "
+                "those that were calibrated any more. Load the model again, cast it as a whole: model.to(dtype) and "
+                "from_pretrained(…, dtype=…) leave polynomials in float32."
+            )
         self._warn_of_length(key)
+        if self.coefficients.requires_grad and not is_recorded(query):  # a model's `requires_grad_(True)`
+            self.freeze_unused()
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
         pattern["scaling"] = scaling
