@@ -374,9 +374,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, **inputs, use_cache=False).logits
 
 
-@pytest.mark.parametrize(
-    ("family", "spec"), [("bart", "poly4-l1"), ("marian", CUBIC), ("marian", "poly3~1")], ids="-".join
-)
+@pytest.mark.parametrize(("family", "spec"), [("bart", "poly4-l1"), ("marian", CUBIC), ("marian", "poly3~1")])
 def test_the_older_onnx_exporter_writes_the_numbers_of_the_model(
     family: str, spec: str, calibrated: Any, words: Any, tmp_path: Path
 ) -> None:
