@@ -13,11 +13,13 @@ OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := .cache/transformers-$(OLDEST_TRANSFORMERS)
 KERNELS_VERSION := 0.17.2
 KERNELS := .cache/kernels-$(KERNELS_VERSION)
+DEEPSPEED_VERSION := 0.19.8
+DEEPSPEED := .cache/deepspeed-$(DEEPSPEED_VERSION)
 PRIVATE := .venv-private
 
 .PHONY: setup demo test test-gpu check format docs bench private clean
 
-setup: $(VENV)/.done $(OLDEST)/.done $(KERNELS)/.done
+setup: $(VENV)/.done $(OLDEST)/.done $(KERNELS)/.done $(DEEPSPEED)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +40,13 @@ $(OLDEST)/.done: $(VENV)/.done
 $(KERNELS)/.done: $(VENV)/.done
 	rm -rf $(KERNELS)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) kernels==$(KERNELS_VERSION)
+	touch $@
+
+# DeepSpeed, for tests/recipes/test_zero3.py, and what it imports.
+$(DEEPSPEED)/.done: $(VENV)/.done
+	rm -rf $(DEEPSPEED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(DEEPSPEED) deepspeed==$(DEEPSPEED_VERSION) \
+		einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0
 	touch $@
 
 demo: $(VENV)/.done

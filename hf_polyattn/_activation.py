@@ -27,6 +27,8 @@ _HOOKS = {
     "peft.peft_model": ("hub.peft_hooks", "install_on_peft"),
     "sentence_transformers.base.model": ("hub.hooks", "install_on_sentence_transformers"),
     "torch.distributed.fsdp": ("patching.sharding", "install_on_fsdp"),
+    "torch.onnx": ("patching.recording", "install_on_onnx"),
+    "deepspeed": ("patching.sharding", "install_on_deepspeed"),
 }
 
 

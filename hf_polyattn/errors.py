@@ -41,3 +41,7 @@ class DivergenceError(PolyAttnError):
 
 class TrainingError(PolyAttnError):
     """A training that went wrong: the loss or its gradient is not a finite number."""
+
+
+class SaveError(PolyAttnError, OSError):
+    """A file or folder that could not be written, for example because the disk is full; nothing of it is left."""

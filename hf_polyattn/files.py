@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import SaveError
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+# How torch.save, safetensors and shutil.copytree, whose errors have no errno, say that they could not write.
+_WORDS = (
+    *(f"[Errno {number}]" for number in _FULL),
+    "inline_container",
+    "PytorchStreamWriter",
+    "iostream",
+    "Error while serializing",
+)
 
 
 @contextmanager
@@ -14,6 +27,9 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives another path to write a file or folder to, `partial_path`, and renames it at the end.
 
     An error inside leaves what was there before, and nothing else.
+
+    Raises:
+        SaveError: the disk is full.
     """
     path, partial = Path(path), partial_path(path)
     shutil.rmtree(partial.parent, ignore_errors=True)
@@ -23,8 +39,18 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(partial, path)
+    except Exception as error:
+        if isinstance(error, SaveError) or not _is_full(error):
+            raise
+        raise SaveError(
+            f"{path} cannot be written: {error}. What was there before is kept; make room and try again."
+        ) from error
     finally:
         shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in _FULL or any(word in str(error) for word in _WORDS)
 
 
 def partial_path(path: str | os.PathLike[str]) -> Path:

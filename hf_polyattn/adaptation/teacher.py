@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import InputError, PatchError
 from ..patching.core import is_patched
 from ..patching.patch import unpatch_model
-from ..patching.patched import pretrained_model
+from ..patching.patched import pretrained_model, require_in_memory
 from .training import TrainingOptions, evaluating
 
 
@@ -26,11 +26,12 @@ def check_training(model: nn.Module, teacher: nn.Module | None, options: Trainin
         role: what the model is called beside its teacher.
 
     Raises:
-        PatchError: the model is not patched, or the teacher is.
+        PatchError: the model is not patched, or is offloaded, or the teacher is patched.
         InputError: no steps, or an accelerator that accumulates gradients: `train` takes one batch an update.
     """
     if not is_patched(model):
         raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    require_in_memory(pretrained_model(model), "trained")
     if teacher is not None and is_patched(teacher):
         raise PatchError(f"the teacher is patched; give the softmax model, or None for a softmax copy of the {role}")
     if options.steps < 1:

@@ -24,7 +24,7 @@ from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.families import AttentionSite, attention_sites
 from ..patching.governing import armed_configs
 from ..patching.patch import put_in
-from ..patching.patched import bare_path, patched_modules, pretrained_model
+from ..patching.patched import bare_path, loaded, patched_modules, pretrained_model, require_in_memory
 from ..patching.relative import no_change
 from ..patching.saved_config import CONFIG_KEY, read_state
 from ..patching.selection import new_child
@@ -32,6 +32,7 @@ from ..spec import PolyAttentionConfig
 from .checkpoint import ALWAYS, check_tensors
 
 FILE = "polyattn.safetensors"
+_GIVEN = "given an adapter that was trained on polynomials"
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -42,9 +43,6 @@ def save_polynomials(model: nn.Module, folder: Path, state_dict: Mapping[str, Te
         model: with the adapter.
         folder: of the adapter.
         state_dict: of the whole model, where its own tensors are sharded.
-
-    Raises:
-        PatchError: a polynomial is offloaded, so that there is nothing to write.
     """
     root = pretrained_model(model)
     if not is_patched(root):
@@ -53,7 +51,7 @@ def save_polynomials(model: nn.Module, folder: Path, state_dict: Mapping[str, Te
     armed_configs(root)
     tensors = {}
     for path, child in _base_polynomials(root).items():
-        for name, tensor in child.state_dict().items():
+        for name, tensor in _read_state(child).items():
             found = [t for key, t in (state_dict or {}).items() if key.endswith(f"{path}.{CHILD_NAME}.{name}")]
             tensors[f"{bare_path(root, path)}.{CHILD_NAME}.{name}"] = (found or [tensor])[0].detach().cpu().contiguous()
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(getattr(root.config, CONFIG_KEY))}
@@ -74,7 +72,8 @@ def restore_polynomials(
         **options: of the download: subfolder, revision, token …
 
     Raises:
-        PatchError: the base model has other polynomials, or other adapters run on its softmax.
+        PatchError: the base model has other polynomials, or other adapters run on its softmax, or it is offloaded and
+            would have to be given polynomials.
         CheckpointError: the file beside the adapter is damaged, or of another model.
     """
     file = _find(source, options)
@@ -82,6 +81,8 @@ def restore_polynomials(
         return
     state, config, tensors = _read(file)
     root = pretrained_model(model)
+    if not getattr(root, "hf_device_map", None):  # PEFT leaves adapters without weights on what `cpu_offload` took
+        require_in_memory(root, _GIVEN)
     if is_patched(root):
         _take(root, file, state["modules"], tensors, again and alone)
         return
@@ -90,6 +91,7 @@ def restore_polynomials(
             f"{source}: the adapter was trained on polynomial attention, and other adapters of this model run on "
             "softmax. Load it onto a base model of its own."
         )
+    require_in_memory(root, _GIVEN)
     sites = {bare_path(root, site.path): site for site in attention_sites(root)}
     children: list[tuple[AttentionSite, PolyAttention]] = []
     for path, spec in state["modules"].items():
@@ -111,6 +113,12 @@ def _base_polynomials(root: nn.Module) -> dict[str, PolyAttention]:
     return {path: getattr(child, "original_module", child) for path, child in children.items()}
 
 
+def _read_state(child: PolyAttention) -> dict[str, Tensor]:
+    """Returns the tensors of a polynomial, on the CPU, wherever Accelerate keeps them."""
+    with loaded(child):
+        return {name: tensor.detach().cpu() for name, tensor in child.state_dict().items()}
+
+
 def _take(root: Any, file: Path, specs: Mapping[str, str], tensors: Mapping[str, Tensor], again: bool) -> None:
     """Checks that a patched base model has an adapter's polynomials; gives them to it if it is not calibrated yet."""
     ours = {bare_path(root, path): child for path, child in _base_polynomials(root).items()}
@@ -126,17 +134,19 @@ def _take(root: Any, file: Path, specs: Mapping[str, str], tensors: Mapping[str,
     fresh: list[str] = []
     different: list[str] = []
     for path, child in ours.items():
-        state, saved = child.state_dict(), _of(tensors, path)
-        if state.keys() == saved.keys() and all(torch.equal(state[name].cpu(), saved[name]) for name in state):
+        state, saved = _read_state(child), _of(tensors, path)
+        if state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state):
             continue
         start = PolyAttention(child.config, child.heads, child.head_dim).state_dict()
-        untouched = all(torch.equal(state[name].cpu(), start[name]) for name in start)
+        untouched = all(torch.equal(state[name], start[name]) for name in start)
         (fresh if untouched or again else different).append(path)
     if different:
         shown = f"{different[:5]}{' …' if len(different) > 5 else ''}"
         raise PatchError(
             f"{file}: the base model's polynomials at {shown} are not those that the adapter was trained on. {advice}"
         )
+    if fresh:
+        require_in_memory(root, _GIVEN)
     for path in fresh:
         _load(ours[path], tensors, path, file)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from ..errors import CheckpointError
 from ..patching import settings
 from ..patching.core import CHILD_NAME
+from ..patching.relative import warn_of_rounding
 from ..patching.saved_config import CONFIG_KEY, mentions_polyattn
 from ..spec import MAX_REFINEMENTS
 
@@ -148,6 +149,8 @@ def check_tensors(source: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         value = tensor.float()
         if not value.isfinite().all():
             raise CheckpointError(f"{source}: tensor {key!r} has NaN or infinite values. {AGAIN}")
+        if name.endswith("coefficients"):
+            warn_of_rounding(tensor, source)
         if name.endswith(_POSITIVE) and not (value > 0).all():
             raise CheckpointError(f"{source}: tensor {key!r} has values <= 0; it must be positive. {AGAIN}")
 

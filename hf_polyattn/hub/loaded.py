@@ -14,6 +14,7 @@ from ..patching import settings
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from ..patching.governing import SAVED_MODULES, SAVED_VERSION
 from ..patching.relative import CHANGES, no_change
+from ..patching.resuming import mark_untrained
 from ..patching.saved_config import CONFIG_KEY, IMPLEMENTATIONS
 from .checkpoint import AGAIN, check_tensors, polynomial_paths
 
@@ -133,6 +134,7 @@ def _set_no_change(layer: PolyAttention, missing: set[str], source: str) -> set[
         part, _, last = name.rpartition(".")
         parameter = nn.Parameter(tensor, requires_grad=layer.get_parameter(name).requires_grad)
         setattr(layer.get_submodule(part), last, parameter)
+    mark_untrained(layer.delta)
     return {*found}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from ..errors import PatchError
 from ..patching.core import CHILD_NAME, PolyAttention, is_patched
 from .hooks import check_adapter
+
+# Within `PeftModel.from_pretrained`, which has looked at the base model's polynomials and then loads the adapter.
+_restored: ContextVar[bool] = ContextVar("restored", default=False)
 
 
 def install_on_wrappers(other: Any) -> None:
@@ -80,12 +84,17 @@ def install_on_peft(peft_model: Any) -> None:
     @wraps(load)
     def load_with_polyattn(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         _restore(model, model_id, kwargs, alone=not getattr(model, "peft_config", None))
-        return load(cls, model, model_id, *args, **kwargs)
+        token = _restored.set(True)  # PEFT takes away the hooks that know where offloaded weights are
+        try:
+            return load(cls, model, model_id, *args, **kwargs)
+        finally:
+            _restored.reset(token)
 
     @wraps(load_adapter)
     def load_adapter_with_polyattn(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         others, again = self.peft_config.keys() - {adapter_name}, adapter_name in self.peft_config
-        _restore(self, model_id, kwargs, alone=not others, again=again)
+        if not _restored.get():
+            _restore(self, model_id, kwargs, alone=not others, again=again)
         result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
         check_adapter(self, result.unexpected_keys)
         return result

@@ -64,7 +64,12 @@ def is_plain(*operands: Tensor | None) -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
-    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_meta) for tensor in operands)
+    return all(tensor is None or _is_here(tensor) for tensor in operands)
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether a tensor holds its numbers: no subclass, not offloaded, not partitioned by DeepSpeed's ZeRO-3."""
+    return type(tensor) in _PLAIN and not tensor.is_meta and not hasattr(tensor, "ds_id")
 
 
 def is_differentiated(*operands: Tensor | None) -> bool:

@@ -9,9 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..spec import PolyAttentionConfig, Polynomial
 from . import settings
-from .relative import RelativePolynomial, initial_directions, no_change
+from .relative import RelativePolynomial, initial_directions, no_change, warn_of_rounding
+from .resuming import mark_untrained
 from .row_shift import MomentShift, shift_modules
 
 
@@ -65,7 +67,7 @@ class ConfiguredPolynomial(RelativePolynomial):
         self.register_buffer(settings.NAME, settings.encoded(config, self.place))
         self.moments = self.refinements = None
         self.configure(config)
-        self.reset_parameters()
+        self._reset_own()
 
     @property
     def place(self) -> torch.device | None:
@@ -105,9 +107,20 @@ class ConfiguredPolynomial(RelativePolynomial):
         if key in state_dict:
             self.configure(settings.restored(self.config, state_dict[key], key))
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        added: dict[str, Tensor] = {}
         if "coefficients" in own and own["coefficients"].shape == self.coefficients.shape:
-            state_dict.update({prefix + name: tensor for name, tensor in no_change(own, self.config).items()})
+            if settings.NAME not in own:
+                raise CheckpointError(
+                    f"{prefix}coefficients come without {settings.NAME}: hf_polyattn 0.1.0 saved them, and they do not "
+                    "say what they mean. Load their folder with from_pretrained, and go on from that model, without "
+                    "the optimizer's state: the parameters that it is of are no longer those that train."
+                )
+            warn_of_rounding(own["coefficients"], "a state dict")
+            added = no_change(own, self.config)
+            state_dict.update({prefix + name: tensor for name, tensor in added.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if added:
+            mark_untrained(self.delta)
 
     def train_polynomial(self, trained: bool) -> None:
         """Makes all that a polynomial can learn ask for gradients, or nothing of it."""
@@ -147,13 +160,17 @@ class ConfiguredPolynomial(RelativePolynomial):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the spec's uncalibrated coefficients, center 0, radius 1 and no key shift; the config stays."""
+        self._reset_own()
+        for part in (self.moments, *(self.refinements or ())):
+            if part is not None:
+                part.reset_parameters()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
         self._reset_coefficients()
         self.center.zero_()
         self.key_shift.zero_()
         self.radius.fill_(1.0)
-        for part in (self.moments, *(self.refinements or ())):
-            if part is not None:
-                part.reset_parameters()
         self.write_settings()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -186,4 +203,5 @@ def _learns(name: str) -> bool:
 
 
 def _sizes(part: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in part.state_dict().items()}
+    """Returns the shapes of a module's tensors; DeepSpeed's ZeRO-3 keeps those of partitioned ones in `ds_shape`."""
+    return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in part.state_dict(keep_vars=True).items()}

@@ -102,8 +102,16 @@ class PolyAttention(ConfiguredPolynomial):
             if at_once is not None:
                 self._warn_of_length(key.shape[2])
                 return at_once
+        if config.interval and self.coefficients.dtype in (torch.bfloat16, torch.float16):
+            raise PatchError(
+                f"the parameters of this polynomial were cast to {self.coefficients.dtype}, one by one, and are not "
+                "those that were calibrated any more. Load the model again, cast it as a whole: model.to(dtype) and "
+                "from_pretrained(…, dtype=…) leave polynomials in float32."
+            )
         if not is_recorded(key):
             self._warn_of_length(key.shape[2])
+            if self.coefficients.requires_grad:  # a model's `requires_grad_(True)`
+                self.freeze_unused()
         center: Tensor | float = self.center if config.interval else 0.0
         if config.row_shift != "none" or self.refinements:
             center = self.row_centers(query, key, **pattern)
@@ -141,6 +149,8 @@ class PolyAttention(ConfiguredPolynomial):
             if spec.refinements:
                 refinements = [tensor for part in self._refinements() for tensor in _held(part, REFINEMENT)]
         except KeyError:
+            return None
+        if polynomial[0].dtype != torch.float32:
             return None
         return fused_layer(
             query,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -84,7 +86,13 @@ def require_patched(root: PreTrainedModel) -> None:
 
 
 def require_in_memory(root: PreTrainedModel, doing: str) -> None:
-    """Raises PatchError if Accelerate keeps weights of the model elsewhere, where nobody can write them."""
+    """Raises PatchError if weights of the model are where nobody can write them: offloaded, or partitioned."""
+    if any(hasattr(parameter, "ds_id") for parameter in root.parameters()):
+        raise PatchError(
+            f"{type(root).__name__} cannot be {doing}: DeepSpeed's ZeRO-3 has partitioned its weights, as Transformers "
+            "has it do once TrainingArguments or an Accelerator with ZeRO-3 exist. Load it before they do, patch, "
+            "calibrate and save; the saved model can be loaded at any time."
+        )
     for path, module in root.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,))):
@@ -92,6 +100,18 @@ def require_in_memory(root: PreTrainedModel, doing: str) -> None:
                 f"{type(root).__name__} cannot be {doing}: weights are offloaded, at {path!r} (cpu_offload, "
                 "disk_offload or a device_map). Load it whole, patch, calibrate and save; offload what is loaded then."
             )
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Has the tensors of a module, which Accelerate may have offloaded, in memory within the block, to be read."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if hasattr(part, "_hf_hook"):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(part))
+        yield
 
 
 def bare_path(model: PreTrainedModel, path: str) -> str:

@@ -14,6 +14,7 @@ Source: DESIGN.md, section 4.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -117,6 +118,16 @@ def no_change(tensors: Mapping[str, Tensor], config: PolyAttentionConfig) -> dic
             directions = initial_directions(spec).to(coefficients).repeat(len(coefficients), 1, 1)
         found |= {f"{part}delta": torch.zeros_like(coefficients), f"{part}directions": directions}
     return found
+
+
+def warn_of_rounding(coefficients: Tensor, source: str) -> None:
+    """Warns of coefficients that were cast to half precision with all of a checkpoint; whole numbers survive that."""
+    if coefficients.dtype in (torch.bfloat16, torch.float16) and bool((coefficients != coefficients.round()).any()):
+        warnings.warn(
+            f"{source} has polynomials in {coefficients.dtype}: they are not those that were calibrated any more. Cast "
+            "all tensors but those of polyattn, as save_pretrained does, or calibrate the model again.",
+            stacklevel=2,
+        )
 
 
 def bernstein_polynomials(degree: int) -> Tensor:

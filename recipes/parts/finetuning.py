@@ -35,7 +35,7 @@ from .arguments import CONTROL, FinetuningArguments, has_row_sum
 from .comparison import circumstances, render, spent
 from .polynomials import check_coefficients, make_polynomial
 from .resuming import last_checkpoint, prepare_output
-from .runs import timed, write_json, written_beside
+from .runs import loaded_whole, timed, write_json, written_beside
 from .task import Task, check_task
 from .trainer import FinetuningError, PolyAttentionTrainer, set_dropout
 
@@ -199,7 +199,8 @@ class Arms:
         if self.task.make_model is None:
             return self.load(self.arguments.model)
         set_seed(self.arguments.seed)
-        return self.task.make_model().eval()
+        with loaded_whole():
+            return self.task.make_model().eval()
 
     def load(self, source: str | Path) -> PreTrainedModel:
         """Returns a model in eval mode; a new head starts from the same random numbers each time.
@@ -208,7 +209,8 @@ class Arms:
         what was saved and is loaded again is compared to the bit.
         """
         set_seed(self.arguments.seed)
-        model = self.task.load_model(str(source), dtype=self.arguments.dtype).eval()
+        with loaded_whole():
+            model = self.task.load_model(str(source), dtype=self.arguments.dtype).eval()
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         return model

@@ -22,10 +22,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from hf_polyattn import PolyAttnError, files
-
-
-class SaveError(PolyAttnError):
-    """A file or folder that could not be written; nothing of it is left."""
+from hf_polyattn.errors import SaveError
 
 
 @contextmanager
@@ -35,6 +32,19 @@ def errors_in_a_line() -> Iterator[None]:
         yield
     except (PolyAttnError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Lets models be loaded whole: under ZeRO-3 Transformers partitions them at once, and then none can be patched."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def read_arguments(types: tuple[type, ...]) -> list[Any]:
@@ -73,6 +83,8 @@ def written_beside(path: Path, accelerator: Accelerator | None = None) -> Iterat
             wait()
             yield partial
             wait()
+    except SaveError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise SaveError(
             f"{path} cannot be written: {error}. What was saved before it is kept; make room and run again."

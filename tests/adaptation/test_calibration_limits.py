@@ -47,6 +47,8 @@ def test_offloaded_models_are_refused_by_name(
     for tool in (hp.calibrate, hp.diagnose):
         with pytest.raises(PatchError, match="cannot be calibrated or diagnosed: weights are offloaded"):
             tool(model, [batch(name)], progress=False)
+    with pytest.raises(PatchError, match="cannot be trained: weights are offloaded"):
+        hp.distill(model, [batch(name)], steps=1, progress=False)
 
 
 @both

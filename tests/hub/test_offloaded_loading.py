@@ -109,3 +109,28 @@ def test_an_offloaded_model_is_saved_as_it_was(pretrained: Any, polynomial: Any,
     again, saved = load_file(tmp_path / "again/model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert again.keys() == saved.keys()
     assert all(torch.equal(again[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_an_earlier_version_saved_is_not_offloaded_to_disk_and_says_what_to_do(name: str, tmp_path: Path) -> None:
+    kind = transformers.LlamaForCausalLM if name == "llama" else transformers.BertModel
+    folder, first = Path(__file__).parent / "saved_by_0_1_0" / name, LAYERS.get(name, "encoder.layer")
+    whole = kind.from_pretrained(folder)
+    paths = {path.partition(f"{first}.")[0] for path, _ in patched_layers(whole)}
+    assert len(paths) == 1
+    device_map = {f"{first}.0": "cpu", f"{first}.1": "disk"}
+    device_map |= {path: "cpu" for path, _ in whole.named_children() if not first.startswith(path)}
+    for path, module in whole.named_modules():
+        if path and first.startswith(f"{path}."):
+            inside = [f"{path}.{child}" for child, _ in module.named_children()]
+            device_map |= {child: "cpu" for child in inside if not first.startswith(child)}
+    with pytest.raises(
+        hp.CheckpointError, match=r"layer.*\.1.*saved by an earlier version.*into memory, and save it again"
+    ):
+        kind.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offloaded")
+    whole.save_pretrained(tmp_path / "again")  # as the message says
+    loaded = kind.from_pretrained(tmp_path / "again", device_map=device_map, offload_folder=tmp_path / "offloaded")
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        expected = whole.eval()(input_ids=ids)[0]
+        assert (loaded.eval()(input_ids=ids)[0] - expected).abs().max() < 1e-5 * expected.abs().max()

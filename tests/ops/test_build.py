@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,20 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(sources: Path, capsy
         build.build()
     assert [path.suffix for path in build.cache_folder().iterdir()] == [".lock"]
     assert capsys.readouterr().err.endswith(" failed\n")
+
+
+def test_a_full_disk_is_quoted_and_leaves_nothing(sources: Path, capsys: Any) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = " ".join(f"int f{number}() {{ return {number}; }}" for number in range(2000))
+    (sources / "attention.cpp").write_text(room)  # more than the limit, compiled
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+    try:
+        with pytest.raises(build.BuildError, match=r"do not compile: .*logging-compiler(.|\n)*(File size|too large)"):
+            build.build()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.suffix for path in build.cache_folder().iterdir()] == [".lock"]
+    assert build.build().is_file()  # now there is room
 
 
 def test_without_a_compiler_auto_warns_once_and_uses_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

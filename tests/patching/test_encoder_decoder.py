@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pyarrow.parquet
 import pytest
 import torch
@@ -250,6 +251,26 @@ def test_cached_generation_equals_uncached(
 
 
 @both
+@pytest.mark.parametrize("spec", [EXACT, CUBIC, "poly3~1"])
+def test_a_static_cache_generates_what_a_dynamic_one_does(
+    family: str, spec: str, calibrated: Any, words: Any, broken: Any
+) -> None:
+    model, unseen = calibrated(family, spec), words[1][:32]
+    for beams in (1, 3):
+        made = model.generate(
+            **source(unseen), max_new_tokens=LONGEST + 1, num_beams=beams, cache_implementation="static",
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        caches = made.past_key_values.self_attention_cache, made.past_key_values.cross_attention_cache
+        assert {type(layer).__name__ for cache in caches for layer in cache.layers} == {"StaticLayer"}
+        expected = generate(model, unseen, num_beams=beams)
+        found = made.sequences[:, 1:]
+        assert torch.equal(F.pad(found, (0, LONGEST + 1 - found.shape[1]), value=PAD), expected)
+    with broken("mask"):  # places that are not written yet would be seen
+        assert not torch.equal(generate(model, unseen, cache_implementation="static"), generate(model, unseen))
+
+
+@both
 def test_later_steps_read_the_cross_attention_keys_from_the_cache(family: str, calibrated: Any, words: Any) -> None:
     model, seen, projections = calibrated(family, EXACT), [], []
     attention = model.get_submodule("model.decoder.layers.1.encoder_attn")
@@ -336,6 +357,46 @@ def test_padding_of_the_decoder_is_no_part_of_the_loss(softmax: Any, words: Any)
         shown = float(divergence_from(teacher, model, {**longer, "labels": longer["labels"].clamp(min=PAD)}))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert abs(shown - losses[0]) > 0.01 * losses[0]
+
+
+# ---------------------------------------------------------------- exporting
+
+
+class Logits(torch.nn.Module):
+    """The logits alone, for an exporter that takes and returns tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        inputs = {"attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}
+        return self.model(input_ids=input_ids, **inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize(("family", "spec"), [("bart", "poly4-l1"), ("marian", CUBIC), ("marian", "poly3~1")])
+def test_the_older_onnx_exporter_writes_the_numbers_of_the_model(
+    family: str, spec: str, calibrated: Any, words: Any, tmp_path: Path
+) -> None:
+    model = calibrated(family, spec)
+
+    def inputs(words: list[str]) -> dict[str, Tensor]:
+        made = with_decoder_inputs(words)
+        return {name: made[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+
+    first = inputs(words[1][:3])
+    axes = {name: {0: "batch", 1: "decoded" if "decoder" in name else "encoded"} for name in first}
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(
+        Logits(model).eval(), tuple(first.values()), path, input_names=[*first], dynamic_axes=axes, dynamo=False
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for some in (first, inputs(words[1][5:12])):  # the second of another batch and other lengths
+        (found,) = session.run(None, {name: tensor.numpy() for name, tensor in some.items()})
+        expected = logits(model, some)
+        assert (torch.from_numpy(found) - expected).abs().max() < 1e-4 * expected.abs().max()
+        with hp.softmax_attention(model):
+            assert (torch.from_numpy(found) - logits(model, some)).abs().max() > 1e-3 * expected.abs().max()
 
 
 # ---------------------------------------------------------------- saving and loading

@@ -70,6 +70,7 @@ WAYS: dict[str, Callable[[Any, Path], Any]] = {
     "modules_to_save twice": lambda model, folder: with_peft(model, folder, times=2),
     "modules_to_save reloaded": peft_reloaded,
     "requires_grad_(True)": unfrozen,
+    "requires_grad_(True) in training": lambda model, folder: model.train().requires_grad_(True),
 }
 
 

@@ -184,21 +184,22 @@ import functools, json, os, sys
 import torch
 import hf_polyattn
 from torch import distributed
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, MixedPrecision, StateDictType
+from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hf_polyattn.patching.patched import patched_layers
 
-source, layers_apart = sys.argv[1], sys.argv[2] == "layers"
+source, how, dtype, learnable = sys.argv[1:]
+flat = learnable == "frozen"
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 torch.manual_seed(0)
 tokens = torch.randint(3, 512, (4, 32))
 
 def patched():
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16")
-    hf_polyattn.patch_model(model, "poly3")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32" if dtype == "mixed" else dtype)
+    hf_polyattn.patch_model(model, hf_polyattn.PolyAttentionConfig("poly3", learnable=not flat))
     hf_polyattn.calibrate(model, [{"input_ids": tokens}], progress=False)
     return model
 
@@ -215,24 +216,40 @@ def train(model, rows):
 whole = patched()
 before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
 expected = train(whole, tokens)
-policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
-sharded = FullyShardedDataParallel(
-    patched(),
-    auto_wrap_policy=policy if layers_apart else None,
-    use_orig_params=True,
-    device_id=torch.device("cpu"),
-)
+policies = {
+    "whole": None,
+    "layers": functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}),
+    "module policy": ModuleWrapPolicy({LlamaDecoderLayer}),
+    "custom policy": CustomPolicy(lambda module: isinstance(module, LlamaDecoderLayer)),
+}
+options = {"device_id": torch.device("cpu"), "use_orig_params": not flat}
+if dtype == "mixed":
+    options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16)
+refused = None
+try:
+    FullyShardedDataParallel(patched(), device_id=torch.device("cpu"), use_orig_params=False)
+except hf_polyattn.PatchError as error:
+    refused = str(error)
+sharded = FullyShardedDataParallel(patched(), auto_wrap_policy=policies[how], **options)
 layers = len(patched_layers(sharded))
+seen = []
+patched_layers(sharded)[0][1].register_forward_hook(
+    lambda child, inputs, _: seen.append([str(child.coefficients.dtype), str(inputs[0].dtype)])
+)
 found = train(sharded, tokens[2 * rank : 2 * rank + 2])
 distributed.all_reduce(found)
 with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
     state = sharded.state_dict()
 if rank == 0:
-    trained = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith("delta")}
+    watched = "q_proj.weight" if flat else "delta"
+    trained = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith(watched)}
+    polynomials = {name: tensor for name, tensor in state.items() if ".polyattn." in name and "settings" not in name}
     print(json.dumps({
         "layers": layers,
         "names": sorted(state) == sorted(before),
-        "dtypes": sorted({str(state[name].dtype) for name in trained}),
+        "dtypes": sorted({str(tensor.dtype) for tensor in polynomials.values()}),
+        "seen": seen[0],
+        "refused": refused,
         "losses": [expected.tolist(), (found / 2).tolist()],
         "error": max((state[name] - tensor).norm().item() for name, tensor in trained.items()),
         "change": max((before[name] - tensor).norm().item() for name, tensor in trained.items()),
@@ -243,20 +260,35 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("how", ["layers", "whole"])
-def test_float32_polynomials_inside_a_bfloat16_model_train_under_fsdp1(
-    how: str, checkpoint: Callable[[str], Path], tmp_path: Path
+FSDP1_CASES = [
+    ("layers", "bfloat16", "trained"),
+    ("whole", "bfloat16", "trained"),
+    ("layers", "mixed", "trained"),
+    ("custom policy", "mixed", "trained"),
+    ("module policy", "mixed", "frozen"),
+]
+
+
+@pytest.mark.parametrize(("how", "dtype", "learnable"), FSDP1_CASES, ids=map(", ".join, FSDP1_CASES))
+def test_polynomials_stay_float32_and_train_under_fsdp1(
+    how: str, dtype: str, learnable: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Frozen ones with `use_orig_params=False`, which is refused for those that train."""
     script = tmp_path / "train.py"
     script.write_text(FSDP1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [str(checkpoint("llama")), how]
+    words = [str(checkpoint("llama")), how, dtype, learnable]
     done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert results["layers"] == 5
     assert results["names"]
     assert results["dtypes"] == ["torch.float32"]
+    assert results["seen"] == ["torch.float32", "torch.bfloat16"]
     assert results["losses"][1] == pytest.approx(results["losses"][0], rel=1e-2)
     assert 0 < results["error"] < 0.1 * results["change"]
+    if learnable == "trained":
+        assert "Pass use_orig_params=True, or shard with fully_shard" in results["refused"]
+    else:
+        assert results["refused"] is None
