@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,13 @@ def inputs(batch: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
     return {**found, "labels": found["input_ids"].masked_fill(found["attention_mask"] == 0, -100)}
 
 
-@pytest.fixture
-def llama(pretrained: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
+@pytest.fixture(scope="package")
+def calibrated_llama(pretrained: Callable[..., Any], batch: Callable[..., dict[str, Tensor]]) -> Any:
     model = patch_model(pretrained("llama", "AutoModelForCausalLM"), "poly4-l1")
-    calibrate(model, [inputs], progress=False)
-    return model.train()
+    calibrate(model, [batch("llama", count=3, length=24)], progress=False)
+    return model
+
+
+@pytest.fixture
+def llama(calibrated_llama: Any) -> Any:
+    return copy.deepcopy(calibrated_llama).train()
