@@ -8,3 +8,11 @@ AUTO_CLASSES = {
     "llama": "AutoModelForCausalLM",
     "vit": "AutoModelForImageClassification",
 }
+
+#: Those that tests of loading save and load; here GPT-2 has four heads.
+SAVED = {
+    "minilm": "AutoModel",
+    "gpt2-tinystories": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "vit": "AutoModelForImageClassification",
+}

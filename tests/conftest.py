@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -76,6 +78,28 @@ def pretrained() -> Callable[..., Any]:
         return getattr(transformers, auto_class).from_pretrained(checkpoint_path(name), **kwargs).eval()
 
     return load
+
+
+@pytest.fixture(scope="session")
+def shorter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`shorter(name)`: the folder of a checkpoint that ends after its first two layers, with all that was beside it."""
+
+    @functools.cache
+    def cut(name: str) -> Path:
+        import transformers
+
+        source, target = checkpoint_path(name), tmp_path_factory.mktemp(name)
+        for file in source.rglob("*"):
+            if file.is_file() and file.suffix != ".safetensors":
+                place = target / file.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
+        architecture = transformers.AutoConfig.from_pretrained(source).architectures[0]
+        model = getattr(transformers, architecture).from_pretrained(source, num_hidden_layers=2)
+        model.save_pretrained(target)
+        return target
+
+    return cut
 
 
 @pytest.fixture(scope="session")

@@ -36,11 +36,14 @@ SPECS = ("poly3", "poly3~1", "poly3~2", "poly4-l1", "poly6-l1", "poly3^16-l1")
 
 @dataclass(frozen=True)
 class Case:
-    """A softmax checkpoint, the batches it is calibrated on and the measures of a converted copy."""
+    """A softmax checkpoint, the batches it is calibrated on and the measures of a converted copy.
+
+    `measure` takes a model and, where fewer will do, the number of held-out batches.
+    """
 
     model: transformers.PreTrainedModel
     batches: list[dict[str, Tensor]]
-    measure: Callable[[transformers.PreTrainedModel], dict[str, float]]
+    measure: Callable[..., dict[str, float]]
 
 
 def column(file: str, name: str, count: int) -> list[Any]:
@@ -61,32 +64,35 @@ def minilm(folder: Path) -> Case:
     held_out = batches("sst2/validation.parquet", 192)
 
     @torch.no_grad()
-    def embed(model: transformers.PreTrainedModel) -> Tensor:
+    def embed(model: transformers.PreTrainedModel, count: int | None = None) -> Tensor:
         pooled = []
-        for batch in held_out:
+        for batch in held_out[:count]:
             hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
             pooled.append((hidden * mask).sum(1) / mask.sum(1))
         return torch.nn.functional.normalize(torch.cat(pooled), dim=-1)
 
     reference = embed(model)
-    return Case(
-        model, batches("sst2/train.parquet", 160), lambda m: {"cosine": float((embed(m) * reference).sum(-1).mean())}
-    )
+
+    def measure(model: transformers.PreTrainedModel, count: int | None = None) -> dict[str, float]:
+        found = embed(model, count)
+        return {"cosine": float((found * reference[: len(found)]).sum(-1).mean())}
+
+    return Case(model, batches("sst2/train.parquet", 160), measure)
 
 
 def language_model(folder: Path, train: list[dict[str, Tensor]], held_out: list[dict[str, Tensor]]) -> Case:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
     @torch.no_grad()
-    def negative_log_likelihood(model: transformers.PreTrainedModel) -> dict[str, float]:
-        total = count = 0.0
-        for batch in held_out:
+    def negative_log_likelihood(model: transformers.PreTrainedModel, count: int | None = None) -> dict[str, float]:
+        total = tokens = 0.0
+        for batch in held_out[:count]:
             losses = torch.nn.functional.cross_entropy(
                 model(**batch).logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none"
             )
             weights = batch["attention_mask"][:, 1:]
-            total, count = total + float((losses * weights).sum()), count + float(weights.sum())
-        return {"nll": total / count}
+            total, tokens = total + float((losses * weights).sum()), tokens + float(weights.sum())
+        return {"nll": total / tokens}
 
     return Case(model, train, negative_log_likelihood)
 
@@ -137,16 +143,17 @@ def images(folder: Path) -> Case:
     held_out = batches("cifar10/test.parquet", 200)
 
     @torch.no_grad()
-    def logits(model: transformers.PreTrainedModel) -> Tensor:
-        return torch.cat([model(**batch).logits for batch in held_out])
+    def logits(model: transformers.PreTrainedModel, count: int | None = None) -> Tensor:
+        return torch.cat([model(**batch).logits for batch in held_out[:count]])
 
     reference = logits(model)
 
-    def measure(model: transformers.PreTrainedModel) -> dict[str, float]:
-        found = logits(model)
+    def measure(model: transformers.PreTrainedModel, count: int | None = None) -> dict[str, float]:
+        found = logits(model, count)
+        expected = reference[: len(found)]
         return {
-            "cosine": float(torch.cosine_similarity(found, reference).mean()),
-            "top1_agreement": float((found.argmax(-1) == reference.argmax(-1)).double().mean()),
+            "cosine": float(torch.cosine_similarity(found, expected).mean()),
+            "top1_agreement": float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
         }
 
     return Case(model, batches("cifar10/train.parquet", 50), measure)

@@ -78,7 +78,11 @@ def test_polynomials_are_printed_and_written(
 
 
 def test_floor_chooses_the_cheapest_specs_for_images(
-    run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
+    run: Run,
+    checkpoint: Callable[[str], Path],
+    shorter: Callable[[str], Path],
+    shared: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     words = ["--data", shared("datasets/zinc"), "--split", "test", "--floor", 0.999, "--batches", 4, "--batch-size", 8]
     assert "chosen, layer by layer" in run("patch", checkpoint("gpt2-zinc"), tmp_path / "mixed", *words)
@@ -86,7 +90,7 @@ def test_floor_chooses_the_cheapest_specs_for_images(
     assert hp.is_patched(mixed)
 
     images = ["--data", shared("datasets/cifar10/test.parquet"), "--split", "test", "--batches", 1, "--batch-size", 2]
-    run("patch", checkpoint("vit"), tmp_path / "vit", "--spec", "poly3^8-l1", *images)
+    run("patch", shorter("vit"), tmp_path / "vit", "--spec", "poly3^8-l1", *images)
     assert spec_of(AutoModelForImageClassification.from_pretrained(tmp_path / "vit")) == "poly3^8-l1"
 
 

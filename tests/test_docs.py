@@ -57,25 +57,11 @@ PYTHON = {page: [code for name, code in blocks("python") if name == page] for pa
 COMMANDS = [line.replace("\\\n", " ") for _, code in blocks("bash") for line in re.split(r"(?<!\\)\n", code.strip())]
 
 
-@pytest.fixture(scope="module")
-def shorter_models(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Real checkpoints by the names that the pages have, cut to their first two layers."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-    names = {}
-    for name, small in SMALLER.items():
-        folder, kind = checkpoint(small), AutoModelForCausalLM if "gpt2" in small else AutoModel
-        config = AutoConfig.from_pretrained(folder, num_hidden_layers=2)
-        names[name] = str(tmp_path_factory.mktemp(small))
-        kind.from_pretrained(folder, config=config).save_pretrained(names[name])
-        AutoTokenizer.from_pretrained(folder).save_pretrained(names[name])
-    return names
-
-
 @pytest.fixture
-def local(shorter_models: dict[str, str], shared: Callable[[str], Path]) -> Callable[[str], str]:
+def local(shorter: Callable[[str], Path], shared: Callable[[str], Path]) -> Callable[[str], str]:
     """Puts local paths in the place of Hub names, and takes fewer rows."""
-    names = {name: str(shared(folder)) for name, folder in DATA.items()} | shorter_models
+    names = {name: str(shared(folder)) for name, folder in DATA.items()}
+    names |= {name: str(shorter(small)) for name, small in SMALLER.items()}
 
     def replace(text: str) -> str:
         for name, small in {**names, **SHORTER}.items():

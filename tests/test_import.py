@@ -78,13 +78,30 @@ def test_the_operator_works_without_triton() -> None:
 
 # ---------------------------------------------------------------- any order
 
-# Each module in a process where it is the first of the package, and where no model is imported yet.
+# Each module in a process where it is the first of the package, and where no model is imported yet. What Transformers
+# then imports from other packages, which takes most of the time, is imported once for all.
 FIRST = """
 import importlib, os, sys, traceback
 import torch
 import transformers.integrations.sdpa_attention, transformers.masking_utils
 
-assert "transformers.modeling_utils" not in sys.modules
+reading, writing = os.pipe()
+if os.fork() == 0:
+    import transformers.modeling_utils
+    hooked = ("transformers", "peft", "sentence_transformers")
+    others = [name for name in sys.modules if name.partition(".")[0] not in hooked and name != "__main__"]
+    os.write(writing, " ".join(others).encode())
+    os._exit(0)
+os.close(writing)
+with open(reading) as others:
+    for name in others.read().split():
+        try:
+            importlib.import_module(name)
+        except ImportError:  # of what has no file of that name, such as the parts of an extension
+            pass
+os.wait()
+
+assert not {"hf_polyattn", "transformers.modeling_utils"} & set(sys.modules)
 for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,16 +48,21 @@ def softmax(pretrained: Any) -> Callable[[], Any]:
     return lambda: pretrained("llama", "AutoModelForCausalLM")
 
 
-@pytest.fixture
-def patched(softmax: Any, batch: Any) -> Callable[..., Any]:
-    """`patched(spec)`: the Llama, patched and calibrated in memory."""
-
-    def make(spec: str = "poly6-l1") -> Any:
-        model = hp.patch_model(softmax(), spec)
+@pytest.fixture(scope="module")
+def calibrated_once(pretrained: Any, batch: Any) -> Callable[[str], Any]:
+    @functools.cache
+    def make(spec: str) -> Any:
+        model = hp.patch_model(pretrained("llama", "AutoModelForCausalLM"), spec)
         hp.calibrate(model, [batch("llama", 4)], progress=False)
         return model
 
     return make
+
+
+@pytest.fixture
+def patched(calibrated_once: Any) -> Callable[..., Any]:
+    """`patched(spec)`: the Llama, patched and calibrated in memory."""
+    return lambda spec="poly6-l1": copy.deepcopy(calibrated_once(spec))
 
 
 def by_peft(base: Any, folder: Path) -> Any:

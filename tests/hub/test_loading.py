@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from auto_classes import SAVED
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -29,16 +30,8 @@ from transformers import (
 )
 
 import hf_polyattn as hp
-from hf_polyattn.patching.core import PolyAttention
 from hf_polyattn.patching.patched import patched_layers
 from hf_polyattn.patching.saved_config import SAVED_IMPLEMENTATION
-
-BASE = {
-    "minilm": "AutoModel",
-    "gpt2-tinystories": "AutoModelForCausalLM",
-    "llama": "AutoModelForCausalLM",
-    "vit": "AutoModelForImageClassification",
-}
 
 
 @torch.no_grad()
@@ -56,7 +49,7 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def saved(pretrained: Any, polynomial: Any, batch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Patched checkpoints of the four classes that exist here, each with its inputs and logits."""
     folder = tmp_path_factory.mktemp("saved")
-    for name, auto_class in BASE.items():
+    for name, auto_class in SAVED.items():
         model, inputs = pretrained(name, auto_class), batch(name)
         softmax = output(model, inputs)
         polynomial(model).save_pretrained(folder / name)
@@ -90,7 +83,7 @@ IMPORTS = {
 def test_a_new_process_loads_the_same_logits_to_the_bit(order: str, saved: Path) -> None:
     done = python(LOAD_ALL.format(imports=IMPORTS[order], threads=torch.get_num_threads()), saved)
     assert done.returncode == 0, done.stderr
-    assert [line.split() for line in done.stdout.splitlines()] == [[name, "True", "False"] for name in sorted(BASE)]
+    assert [line.split() for line in done.stdout.splitlines()] == [[name, "True", "False"] for name in sorted(SAVED)]
 
 
 REFUSED = """
@@ -117,7 +110,7 @@ def test_without_the_plugin_loading_is_refused(saved: Path) -> None:
     done = python(REFUSED, saved)
     assert done.returncode == 0, done.stderr
     # and, by Transformers' own doing, softmax where sdpa is asked for: README and DESIGN say so
-    expected = [[name, "refused", "True", "True"] for name in sorted(BASE)]
+    expected = [[name, "refused", "True", "True"] for name in sorted(SAVED)]
     assert [line.split() for line in done.stdout.splitlines()] == expected
 
 
@@ -129,7 +122,7 @@ def guard(folder: Path) -> tuple[str | None, bool]:
     return config.get("attn_implementation"), "polyattn_config" in config
 
 
-@pytest.mark.parametrize("name", BASE)
+@pytest.mark.parametrize("name", SAVED)
 def test_saving_again_keeps_the_guard(name: str, saved: Path, tmp_path: Path) -> None:
     assert guard(saved / name) == (SAVED_IMPLEMENTATION, True)
     AutoModel.from_pretrained(saved / name).save_pretrained(tmp_path)
@@ -173,66 +166,6 @@ def test_a_config_of_another_version_is_refused(saved: Path, tmp_path: Path) -> 
     config.polyattn_config = {**config.polyattn_config, "format_version": 99}
     with pytest.raises(hp.SpecError, match="format_version 99"):
         AutoModelForCausalLM.from_pretrained(saved / "llama", config=config)
-
-
-# ---------------------------------------------------------------- parameters that a checkpoint does not have
-
-
-@pytest.fixture
-def hand_written(pretrained: Any, checkpoint: Any) -> Any:
-    """`hand_written(name, config)`: a softmax checkpoint loaded with a polyattn config that someone wrote."""
-
-    def load(name: str, polyattn_config: hp.PolyAttentionConfig) -> Any:
-        config = AutoConfig.from_pretrained(checkpoint(name))
-        config.polyattn_config = polyattn_config.to_dict()
-        return pretrained(name, BASE.get(name, "AutoModel"), config=config)
-
-    return load
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what a checkpoint does not have with garbage, as uninitialised memory may be."""
-    empty_like = torch.empty_like
-
-    def garbage(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty_like(*args, **kwargs)
-        return tensor.fill_(-123.0) if tensor.is_floating_point() and not tensor.is_meta else tensor
-
-    monkeypatch.setattr(torch, "empty_like", garbage)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("spec", ["poly3", "taylor2-l1", "poly3^16-l1"])
-@pytest.mark.parametrize("name", BASE)
-def test_a_softmax_checkpoint_gets_the_coefficients_of_the_spec(name: str, spec: str, hand_written: Any) -> None:
-    model = hand_written(name, hp.PolyAttentionConfig(spec))
-    layers = patched_layers(model)
-    assert len(layers) == len(hp.describe(model).rows) > 0
-    expected = torch.tensor(hp.Polynomial.parse(spec).initial_coefficients())
-    for _, layer in layers:
-        assert torch.equal(layer.coefficients, expected.expand(layer.heads, -1))
-        assert torch.equal(layer.center, torch.zeros(layer.heads))
-        assert torch.equal(layer.key_shift, torch.zeros(layer.heads, layer.head_dim))
-        assert torch.equal(layer.radius, torch.ones(layer.heads))
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_the_poison_of_this_file_reaches_missing_parameters(hand_written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PolyAttention, "reset_parameters", lambda self: None)
-    _, layer = patched_layers(hand_written("gpt2-zinc", hp.PolyAttentionConfig("poly3")))[0]
-    assert (layer.coefficients == -123.0).all()
-
-
-def test_a_hand_written_config_is_patched_like_patch_model(pretrained: Any, hand_written: Any, batch: Any) -> None:
-    inputs = batch("gpt2-zinc")
-    expected = hp.patch_model(pretrained("gpt2-zinc"), "taylor2-l1", layers=[1, 2])
-    model = hand_written("gpt2-zinc", hp.PolyAttentionConfig("taylor2-l1", layers=[1, 2]))
-    assert [path for path, _ in patched_layers(model)] == ["h.1.attn", "h.2.attn"]
-    assert torch.equal(output(model, inputs), output(expected, inputs))
-    with hp.softmax_attention(model):
-        assert not torch.equal(output(model, inputs), output(expected, inputs))
-    assert torch.equal(output(hp.unpatch_model(model), inputs), output(pretrained("gpt2-zinc"), inputs))
 
 
 # ---------------------------------------------------------------- other heads, shards, submodels
@@ -296,9 +229,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", BASE)
+@pytest.mark.parametrize("name", SAVED)
 def test_every_way_to_load_keeps_the_polynomials_in_float32(name: str, way: str, saved: Path, batch: Any) -> None:
-    case, auto_class = torch.load(saved / f"{name}.pt"), getattr(transformers, BASE[name])
+    case, auto_class = torch.load(saved / f"{name}.pt"), getattr(transformers, SAVED[name])
     expected = dict(patched_layers(auto_class.from_pretrained(saved / name)))
     model = auto_class.from_pretrained(saved / name, **WAYS[way]).eval()
     low = "bfloat16" in way

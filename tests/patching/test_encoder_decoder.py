@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import subprocess
 import sys
@@ -143,16 +144,23 @@ def softmax(trained: Any) -> Callable[[str], Any]:
     return lambda family: AutoModelForSeq2SeqLM.from_pretrained(trained(family)).eval()
 
 
-@pytest.fixture
-def calibrated(softmax: Any, words: Any) -> Callable[..., Any]:
-    """`calibrated(family, spec)`: the model with all its attention polynomial, calibrated on words of its training."""
-
+@pytest.fixture(scope="module")
+def calibrated_once(trained: Any, words: Any) -> Callable[..., Any]:
+    @functools.cache
     def make(family: str, spec: str) -> Any:
-        model = hp.patch_model(softmax(family), spec, cross_attention=True)
+        model = hp.patch_model(
+            AutoModelForSeq2SeqLM.from_pretrained(trained(family)).eval(), spec, cross_attention=True
+        )
         hp.calibrate(model, [with_labels(words[0][:256])], progress=False)
         return model
 
     return make
+
+
+@pytest.fixture
+def calibrated(calibrated_once: Any) -> Callable[..., Any]:
+    """`calibrated(family, spec)`: the model with all its attention polynomial, calibrated on words of its training."""
+    return lambda family, spec: copy.deepcopy(calibrated_once(family, spec))
 
 
 def generate(model: Any, words: list[str], **settings: Any) -> Tensor:

@@ -17,11 +17,15 @@ from recipe_runs import ROOT, Run, environment, options
 
 README = (ROOT / "recipes/README.md").read_text().replace("\\\n", " ")
 COMMANDS = re.findall(r"^(?:accelerate launch|torchrun .*) recipes/(\w+)\.py (.*--output_dir.*)$", README, re.M)
-SMALLER = {  # stands in for what the README's examples name
-    "openai-community/gpt2": "checkpoints/gpt2-tinystories-3m",
-    "meta-llama/Llama-3.2-1B": "checkpoints/llama-stories260K",
-    "google/vit-base-patch16-224": "checkpoints/vit-tiny-patch16-224",
-    "models/gpt2-zinc": "checkpoints/gpt2-zinc-0.5m",
+MODELS = {  # stand in, cut to two layers, for those that the README's examples name
+    "openai-community/gpt2": "gpt2-tinystories",
+    "meta-llama/Llama-3.2-1B": "llama",
+    "google/vit-base-patch16-224": "vit",
+    "models/gpt2-zinc": "gpt2-zinc",
+    "google-bert/bert-base-uncased": "minilm",
+    "BAAI/bge-small-en-v1.5": "minilm",
+}
+DATA = {
     "Salesforce/wikitext": "datasets/tinystories",
     "roneneldan/TinyStories": "datasets/tinystories",
     "stanfordnlp/sst2": "datasets/sst2",
@@ -45,9 +49,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
-def smaller(words: Iterable[Any], checkpoint: Any, shared: Any) -> list[Any]:
-    small = {name: str(shared(path)) for name, path in SMALLER.items()}
-    small |= dict.fromkeys(("google-bert/bert-base-uncased", "BAAI/bge-small-en-v1.5"), str(checkpoint("minilm")))
+def smaller(words: Iterable[Any], shorter: Any, shared: Any) -> list[Any]:
+    small = {name: str(shared(path)) for name, path in DATA.items()}
+    small |= {name: str(shorter(short)) for name, short in MODELS.items()}
     return [small.get(str(word), word) for word in words]
 
 
@@ -58,17 +62,17 @@ def without_config(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize(("recipe", "example"), COMMANDS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(COMMANDS)])
 def test_example_of_the_readme_runs(
-    run: Run, checkpoint: Any, shared: Any, outputs: Path, recipe: str, example: str
+    run: Run, shorter: Any, shared: Any, outputs: Path, recipe: str, example: str
 ) -> None:
     words = shlex.split(example)
     output = outputs / words[words.index("--output_dir") + 1]
     if words[0].endswith(".yaml"):
         values = yaml.safe_load(Path(ROOT / words[0]).read_text())
-        values = dict(zip(values, smaller(values.values(), checkpoint, shared), strict=True))
+        values = dict(zip(values, smaller(values.values(), shorter, shared), strict=True))
         del values["dataset_config"]
         words[0] = str(outputs / "arguments.yaml")
         Path(words[0]).write_text(yaml.safe_dump(values))
-    words = without_config(smaller(words, checkpoint, shared))
+    words = without_config(smaller(words, shorter, shared))
     words = [outputs / word if str(word).endswith("/softmax/model") else word for word in words]  # of an example above
     again = "--resume" in words
     results = run(recipe, output, *words, *SHORTER.split(), *OWN[recipe].split())
@@ -85,9 +89,9 @@ def test_readme_has_an_example_of_each_recipe() -> None:
     assert len(COMMANDS) == 14
 
 
-def test_line_for_two_processes_starts_two(checkpoint: Any, shared: Any, tmp_path: Path) -> None:
+def test_line_for_two_processes_starts_two(shorter: Any, shared: Any, tmp_path: Path) -> None:
     (line,) = re.findall(r"^torchrun (.*--use_cpu.*)$", README, re.M)
-    words = without_config(smaller(shlex.split(line), checkpoint, shared))
+    words = without_config(smaller(shlex.split(line), shorter, shared))
     words += [*SHORTER.split(), *OWN["causal_lm"].split(), *options(tmp_path), "--spec", "softmax"]
     alone = {name: value for name, value in environment().items() if name != "ACCELERATE_USE_CPU"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], cwd=ROOT, env=alone, check=True)

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_classifier_learns_and_reloads(
-    run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path, streaming: bool
+    run: Run, shorter: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path, streaming: bool
 ) -> None:
-    words = f"--model {checkpoint('minilm')} --dataset {shared('datasets/sst2')} --text_column sentence "
+    words = f"--model {shorter('minilm')} --dataset {shared('datasets/sst2')} --text_column sentence "
     words += "--max_eval_examples 24 --max_length 16 --spec poly6-l1 --calibration_batches 1 --max_steps 3 "
     words += "--max_train_examples 48 --save_strategy no --learning_rate 1e-4 --metrics no_such_metric "
     results = run("text_classification", tmp_path, *words.split(), *(["--streaming", "--num_labels", "2"] * streaming))
@@ -30,9 +30,9 @@ def test_text_classifier_learns_and_reloads(
 
 
 def test_images_of_another_size_and_labels_are_trained_on(
-    run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
+    run: Run, shorter: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    words = f"--model {checkpoint('vit')} --dataset {shared('datasets/cifar10')} --image_column img --eval_split test "
+    words = f"--model {shorter('vit')} --dataset {shared('datasets/cifar10')} --image_column img --eval_split test "
     words += "--image_size 48 --max_train_examples 16 --max_eval_examples 9 --spec poly3 --calibration_batches 1 "
     words += "--max_steps 2 --save_strategy no --per_device_train_batch_size 4 --measure last"
     results = run("image_classification", tmp_path, *words.split())
