@@ -17,6 +17,7 @@ if not hasattr(transformers.PreTrainedConfig, "sub_configs_defaults"):
         "sweep.py builds tiny configs from `sub_configs_defaults`, of newer Transformers", allow_module_level=True
     )
 
+import family_checks
 import sweep
 
 import hf_polyattn as hp
@@ -111,7 +112,7 @@ def test_an_operator_without_it_fails_the_sweep(
 
 
 def test_another_polynomial_fails_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "SPEC", "poly2")
+    monkeypatch.setattr(family_checks, "SPEC", "poly2")
     row = sweep.sweep_family("gpt2")
     assert row.status == "failed"
     assert "differs from the oracle" in row.reason
