@@ -11,13 +11,9 @@ from torch import Tensor
 from ..spec import Normalizer
 from . import backends
 from .call import Call
-from .checks import center_of_rows, check_operands, check_settings, radius_of_heads
-from .checks import check_masks as check_masks
+from .checks import center_of_rows, check_masks, check_operands, check_settings, radius_of_heads
 from .dropout import new_seed
-from .modes import autocast_inputs as autocast_inputs
-from .modes import is_transformed as is_transformed
-from .modes import runs_at_once as runs_at_once
-from .modes import transform_of
+from .modes import autocast_inputs, runs_at_once, transform_of
 
 
 @overload

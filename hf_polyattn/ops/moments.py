@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .api import autocast_inputs, check_masks, polynomial_attention
+from .api import polynomial_attention
 from .call import compute_dtype, without_autocast
+from .checks import check_masks
 from .masks import count_visible, visible, within
+from .modes import autocast_inputs
 
 _CHUNK = 64  # causal rows that take the scores of their own chunk
 _SCORES = 2**24  # scores that are held at once, at most

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from test_fused_centers import PATTERNS, D, H, operands
+from test_fused_centers import PATTERNS, D, H, operands, ranges_of
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -129,6 +132,43 @@ def test_one_polynomial_for_all_heads_and_no_interval() -> None:
     exact = layer.double()(query.double(), key.double(), value.double(), causal=True)
     assert took == [True]
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_monomial_is_one_only_while_it_is() -> None:
+    layer, (query, key, value) = PolyAttention(PolyAttentionConfig("poly3"), H, D), inputs({}, torch.float32)
+    for change in (0.0, 0.1):
+        layer.float().coefficients.data[0, 1] = change
+        with torch.no_grad():
+            found = layer(query, key, value)
+        exact = layer.double()(query.double(), key.double(), value.double())
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_few_rows_are_decoded_over_all_parts_of_the_keys() -> None:
+    for q_len, k_len, settings in (
+        (1, 1300, {}),
+        (3, 530, {"causal": True}),
+        (2, 1300, {"ranges": ranges_of(2, 1300)}),
+    ):
+        query, key, value = inputs({"q_len": q_len, "k_len": k_len}, torch.float32)
+        for spec in ("poly3~1", "poly4~1-l1"):
+            layer = module(spec)
+            with watched() as took, torch.no_grad():
+                found = layer(query, key, value, scaling=0.2, **settings)
+            exact = layer.double()(query.double(), key.double(), value.double(), scaling=0.2, **settings)
+            assert took == [True]
+            assert (found.double() - exact).abs().max() / exact.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_lesser_machines_compute_the_same(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    environment["ONEDNN_MAX_CPU_ISA"] = {"avx2": "AVX2", "default": "SSE41"}[capability]
+    chosen = "every_tensor_counts or decoded_over or (what_pytorch_does and poly4~2-l1-moments)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "5 passed" in done.stdout
 
 
 def test_a_mask_goes_with_rows_that_are_not_moved() -> None:

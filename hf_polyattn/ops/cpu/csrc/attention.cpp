@@ -6,7 +6,7 @@
 // and those of the chunks are added in order. Which thread runs a task changes nothing in the result.
 
 #include "arguments.h"
-#include "forward.h"
+#include "decode.h"
 
 namespace polyattn {
 

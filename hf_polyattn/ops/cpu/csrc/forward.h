@@ -1,4 +1,4 @@
-// The output, by blocks of rows (`forward`) or, for few rows against many keys, by parts of the keys (`decode`).
+// The output, by blocks of rows.
 
 #pragma once
 
@@ -108,96 +108,6 @@ void forward(const Call& call, const Tensor& output, const Tensor& row_scale) {
     }
     release<mm_t>();
   });
-}
-
-// A few rows against many keys: reads keys and values once, where they lie. Parts of the keys are added in order.
-template <typename scalar_t>
-void decode(const Call& call, const Tensor& output, const Tensor& row_scale) {
-  const int64_t repeats = call.repeats(), rows = repeats * call.q_len, width = call.value_dim, depth = call.head_dim;
-  const int64_t parts = ceil_div(call.k_len, kDecodeKeys), pairs = call.batch * call.groups;
-  const int64_t columns = std::min(kDecodeKeys, round_up(call.k_len, kPad)), size = rows * (width + 1);
-  const Buffer<float> partial(pairs * parts * size);
-  const View<scalar_t> queries(call.query), all_keys(call.key), all_values(call.value);
-  const Results<scalar_t> results(output, row_scale);
-  const Dropout dropout(call);
-
-  struct Memory {
-    Buffer<float> query, scores, weights, visible, kept, offsets;
-  };
-  auto make = [&] {
-    return Memory{Buffer<float>(rows * depth), Buffer<float>(rows * columns), Buffer<float>(rows * columns),
-                  Buffer<float>(columns), Buffer<float>(columns), Buffer<float>(rows)};
-  };
-  run_tasks(pairs * parts, make, [&](int64_t task, Memory& memory) {
-    const int64_t entry = task / parts / call.groups, group = task / parts % call.groups;
-    const Range keys{task % parts * kDecodeKeys, std::min((task % parts + 1) * kDecodeKeys, call.k_len)};
-    const int64_t count = keys.stop - keys.start;
-    float* outputs = partial + task * size;
-    float* sums = outputs + rows * width;
-    std::fill_n(outputs, size, 0.0f);
-
-    for (int64_t n = 0; n < rows; ++n) {
-      const int64_t head = group * repeats + n / call.q_len;
-      pack_rows(queries(entry, head, n % call.q_len), 0, 1, depth, memory.query + n * depth, depth);
-    }
-    const int64_t vectors = depth / kLanes * kLanes;
-    for (int64_t j = 0; j < columns; ++j) {
-      const scalar_t* key = all_keys(entry, group, keys.start + std::min(j, count - 1));
-      Vec totals[kDecodeRows];
-      std::fill_n(totals, rows, Vec(0.0f));
-      for (int64_t d = 0; d < depth; d += kLanes) {
-        const bool whole = d < vectors;
-        const Vec k = whole ? load_vec(key + d) : load_vec(key + d, depth - d);
-        for (int64_t n = 0; n < rows; ++n) {
-          const float* query = memory.query + n * depth + d;
-          totals[n] = at::vec::fmadd(whole ? load_vec(query) : load_vec(query, depth - d), k, totals[n]);
-        }
-      }
-      for (int64_t n = 0; n < rows; ++n) {
-        memory.scores[n * columns + j] = sum(totals[n]);
-      }
-    }
-    for (int64_t n = 0; n < rows; ++n) {
-      const RowBlock block(call, entry, group * repeats + n / call.q_len, n % call.q_len, 1);
-      const Polynomial polynomial = call.polynomial(block.head);
-      memory.offsets[n] = call.row_offset(entry, block.head, block.first);
-      fill_visible(call, block, keys, columns, 0, 1, memory.visible);
-      if (call.seed) fill_kept(call, dropout, block, keys, columns, 0, 1, memory.kept);
-      const ForwardTile<float> part{1, columns, memory.scores + n * columns, memory.weights + n * columns,
-                                    memory.offsets + n, memory.visible,
-                                    call.seed ? static_cast<float*>(memory.kept) : nullptr, sums + n};
-      choose_weights<float>(polynomial)(part, polynomial);
-    }
-    const int64_t value_vectors = width / kLanes * kLanes;
-    for (int64_t j = 0; j < count; ++j) {
-      const scalar_t* value = all_values(entry, group, keys.start + j);
-      for (int64_t d = 0; d < value_vectors; d += kLanes) {
-        const Vec v = load_vec(value + d);
-        for (int64_t n = 0; n < rows; ++n) {
-          float* to = outputs + n * width + d;
-          at::vec::fmadd(Vec(memory.weights[n * columns + j]), v, Vec::loadu(to)).store(to);
-        }
-      }
-      for (int64_t d = value_vectors; d < width; ++d) {
-        for (int64_t n = 0; n < rows; ++n) {
-          outputs[n * width + d] += memory.weights[n * columns + j] * static_cast<float>(value[d]);
-        }
-      }
-    }
-  });
-
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    const int64_t entry = pair / call.groups, group = pair % call.groups;
-    float* total = partial + pair * parts * size;
-    for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t n = 0; n < size; ++n) total[n] += total[part * size + n];
-    }
-    for (int64_t n = 0; n < rows; ++n) {
-      const int64_t query = n % call.q_len;
-      results.write(call, entry, group * repeats + n / call.q_len, query, call.visible(entry, query),
-                    total + n * width, total[rows * width + n]);
-    }
-  }
 }
 
 }  // namespace

@@ -70,7 +70,7 @@ Tensor ratio(const Tensor& a, const Tensor& b) {
   return result;
 }
 
-// The centers of long rows, or of few: one pass for the shift and one for each refinement.
+// The centers of long rows: one pass for the shift and one for each refinement.
 Tensor refined_centers(const Call& call, const Shift& shift, const std::vector<Refinement>& refinements) {
   const Tensor centers = centers_of(shift);
   if (refinements.empty()) return centers;
@@ -144,7 +144,7 @@ Tensor layer(const Tensor& query, const Tensor& key, const Tensor& value, at::Te
     const Tensor* last = kept.data() + kept.size() - 3;
     parts.push_back({changed(own, heads), View<float>(last[0]), View<float>(last[1]), View<float>(last[2])});
   }
-  if (k_len > kKeptKeys || call.decodes()) {
+  if (k_len > kKeptKeys && !call.decodes()) {
     const Tensor found = refined_centers(call, moved, parts);
     call.center = View<float>(found);
     return std::get<0>(attend(call));
@@ -153,7 +153,11 @@ Tensor layer(const Tensor& query, const Tensor& key, const Tensor& value, at::Te
   const Tensor row_scale =
       at::empty({call.l1() ? batch * heads * q_len : 0}, query.options().dtype(at::kFloat));
   dispatch(query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
-    shifted_forward<scalar_t, mm_t>(call, moved, parts, output, row_scale);
+    if (call.decodes()) {
+      shifted_decode<scalar_t>(call, moved, parts, output, row_scale);
+    } else {
+      shifted_forward<scalar_t, mm_t>(call, moved, parts, output, row_scale);
+    }
   });
   return output;
 }

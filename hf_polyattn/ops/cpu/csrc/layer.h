@@ -1,11 +1,12 @@
 // The forward pass of one attention module: where its rows are shifted to, its refinements and its attention.
 //
 // The first product of a block of rows is kept for all keys, as long as it fits the cache: moments, shift, refinements,
-// polynomial and second product follow on it. Longer rows take `row_centers`, a pass for each refinement, and `forward`.
+// polynomial and second product follow on it, and so for few rows of any length. Longer rows take `row_centers`, a pass
+// for each refinement, and `forward`.
 
 #pragma once
 
-#include "forward.h"
+#include "decode.h"
 #include "shift.h"
 
 namespace polyattn {
@@ -96,13 +97,13 @@ struct Rows {
     return p;
   }
 
-  // The center of row i of a block; `along` are the products of its scaled query with the columns of a `Matrix`.
-  float center(const RowBlock& block, int64_t i, const KeptScores& scores, const float* along) const {
-    const int64_t h = block.head;
-    const Range seen = block.keys[i];
+  // The center of row i of head h, which is row n of the scores; `along` are the products of its scaled query with the
+  // columns of a `Matrix`.
+  float center(int64_t b, int64_t h, int64_t i, Range seen, const KeptScores& scores, int64_t n,
+               const float* along) const {
     float found = *shift.center(h, 0, 0) + along[kKeyShift];
     if (moments) {
-      const Moments own = scores.moments(i, seen, static_cast<float>(call.scaling));
+      const Moments own = scores.moments(n, seen, static_cast<float>(call.scaling));
       found += predicted(shift, h, along, own, seen.stop - seen.start);
     }
     for (const Refinement& part : refinements) {
@@ -112,9 +113,9 @@ struct Rows {
       for (int64_t tile = seen.start / scores.step; tile * scores.step < seen.stop; ++tile) {
         const int64_t start = std::max(seen.start - tile * scores.step, int64_t{0});
         const int64_t stop = std::min(seen.stop - tile * scores.step, scores.step);
-        total += sum_of_weights(scores.row(tile, i) + start, stop - start, p, offset);
+        total += sum_of_weights(scores.row(tile, n) + start, stop - start, p, offset);
       }
-      found += part.step(h, scale(block.entry, h, block.first + i, seen) * total);
+      found += part.step(h, scale(b, h, i, seen) * total);
     }
     return found;
   }
@@ -189,7 +190,9 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
       }
       const auto radius = static_cast<float>(call.radius_of(head));
       for (int64_t i = 0; i < block.rows; ++i) {
-        memory.offsets[i] = -of.center(block, i, scores, memory.along + i * columns) / radius;
+        const float center = of.center(entry, head, block.first + i, block.keys[i], scores, i,
+                                       memory.along + i * columns);
+        memory.offsets[i] = -center / radius;
       }
 
       const Polynomial polynomial = call.polynomial(head);
@@ -212,6 +215,45 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
     }
     release<mm_t>();
   });
+}
+
+// The same for few rows: the scores of all keys are kept between two passes over the parts of the keys.
+template <typename scalar_t>
+void shifted_decode(Call call, const Shift& shift, const std::vector<Refinement>& refinements, const Tensor& output,
+                    const Tensor& row_scale) {
+  const Tensor centers = at::empty({call.batch, call.heads, call.q_len}, output.options().dtype(at::kFloat));
+  call.center = View<float>(centers);
+  const Decoder<scalar_t> decoder(call);
+  const int64_t tile = decoder.padded_rows * decoder.columns, repeats = decoder.repeats, q_len = call.q_len;
+  const Buffer<float> scores(decoder.tasks * tile);
+  run_tasks(
+      decoder.tasks, [&] { return decoder.memory(); },
+      [&](int64_t task, auto& memory) { decoder.score(task, memory, scores + task * tile); });
+
+  const Rows of{call, shift, refinements, static_cast<bool>(shift.weights)};
+  float* found = centers.mutable_data_ptr<float>();
+  run_tasks(
+      decoder.pairs, [&] { return Matrix(shift, false); },
+      [&](int64_t pair, Matrix& matrix) {
+        const int64_t b = pair / call.groups, g = pair % call.groups, dim = call.head_dim;
+        const KeptScores kept{decoder.padded_rows, decoder.columns, decoder.parts, scores + pair * decoder.parts * tile};
+        std::vector<float> scaled(kSharing * dim), along(kSharing * matrix.columns);
+        for (int64_t h = g * repeats; h < (g + 1) * repeats; ++h) {
+          matrix.take_head(shift, h);
+          for (int64_t i = 0; i < q_len; ++i) read(decoder.queries(b, h, i), shift.scaling, dim, scaled.data() + i * dim);
+          small_product<false>(scaled.data(), dim, matrix.values.data(), matrix.columns, kSharing, dim, matrix.columns,
+                               along.data());
+          for (int64_t i = 0; i < q_len; ++i) {
+            found[(b * call.heads + h) * q_len + i] =
+                of.center(b, h, i, call.visible(b, i), kept, (h - g * repeats) * q_len + i,
+                          along.data() + i * matrix.columns);
+          }
+        }
+      });
+  run_tasks(
+      decoder.tasks, [&] { return decoder.memory(); },
+      [&](int64_t task, auto& memory) { decoder.attend(task, memory, scores + task * tile); });
+  decoder.finish(output, row_scale);
 }
 
 }  // namespace
