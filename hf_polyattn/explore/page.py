@@ -141,7 +141,13 @@ class _Page:
                 self.folder = gr.Textbox("polynomial-model", label="Folder to save to, a new one", max_lines=1)
                 self.save_button = gr.Button("Save the polynomial model", elem_id="save")
             with gr.Column(scale=5, min_width=480):
-                self.code = gr.Code(self.session.code(), language="python", label="The same in a script", lines=8)
+                self.code = gr.Code(
+                    self.session.code(),
+                    language="python",
+                    label="The same in a script",
+                    lines=8,
+                    show_line_numbers=False,
+                )
 
     def _connect(self, page: Any) -> None:
         looks = (

@@ -91,7 +91,7 @@ def named(checkpoint: Make, rows: Make, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_sentence_goes_the_whole_way(chromium: Any, named: Make, served: Make, tmp_path: Path) -> None:
-    made = named("minilm", "all-MiniLM-L6-v2", 8)
+    made = named("minilm", "all-MiniLM-L6-v2", 16)
     with served(made) as address:
         visitor = Visitor(chromium, address, "light")
         page = visitor.page
@@ -130,7 +130,8 @@ def test_a_picture_goes_the_whole_way_in_the_dark(
         page = visitor.page
         visitor.calibrate("poly3^16-l1")
         visitor.picture("vit.layers.3.attention, head 0")
-        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+        own = page.locator("#picture")
+        own.get_by_label("Remove Image").or_(own.get_by_label("Clear")).first.click()
         page.locator("#picture input[type=file]").set_input_files(mine)
         page.get_by_label("Layer", exact=True).click()
         page.get_by_role("option", name="1:").click()
