@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = ("benchmarks/demo.png", "benchmarks/cpu.png", "model_cards/llama-stories260K.png")
+PICTURES = (
+    "benchmarks/demo.png",
+    "benchmarks/cpu.png",
+    "model_cards/from-scratch-vit.png",
+    "model_cards/llama-stories260K.png",
+)
 PRIVATE = "private_inference.md"
 _MARK = re.compile(r"^<!-- table: (?P<name>[\w-]+) -->$", re.MULTILINE)
 
@@ -45,6 +50,11 @@ def read(path: str) -> Any:
     return json.loads((ROOT / path).read_text())
 
 
+def distance(cosine: float) -> str:
+    """Returns 1 − a cosine: next to 1 its digits are all that differs."""
+    return f"{1.0 - cosine:.1e}" if cosine != 1.0 else "0"
+
+
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Returns a Markdown table."""
     header = list(header)
@@ -53,11 +63,11 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 _MEASURES = {
-    "minilm": "MiniLM: cosine to the softmax embedding",
+    "minilm": "MiniLM: 1 − cosine to the softmax embedding",
     "gpt2-zinc": "gpt2-zinc: NLL, nats a token",
     "gpt2-tinystories": "gpt2-tinystories: NLL, nats a token",
     "llama": "llama-stories260K: NLL, nats a token",
-    "vit": "vit-tiny: cosine of the logits",
+    "vit": "vit-tiny: 1 − cosine of the logits",
 }
 
 
@@ -65,10 +75,10 @@ def calibration() -> str:
     """Returns what calibration alone keeps, by checkpoint and spec."""
     checkpoints = read("benchmarks/calibration.json")["checkpoints"]
     specs = list(next(iter(checkpoints.values())))
-    rows = [
-        [meaning, *(f"{next(iter(checkpoints[name][spec].values())):.4f}" for spec in specs)]
-        for name, meaning in _MEASURES.items()
-    ]
+    rows = []
+    for name, meaning in _MEASURES.items():
+        shown = distance if "cosine" in meaning else "{:.4f}".format
+        rows.append([meaning, *(shown(next(iter(checkpoints[name][spec].values()))) for spec in specs)])
     return table(["", *(spec if spec == "softmax" else f"`{spec}`" for spec in specs)], rows)
 
 
@@ -79,10 +89,11 @@ def demo() -> str:
         for stage, values in arm["stages"].items():
             if stage in ("softmax", "reloaded"):
                 continue
-            quality = (values[name] for name in ("cosine", "similarity_correlation", "neighbour_agreement"))
+            far = [distance(values[name]) for name in ("cosine", "similarity_correlation")]
             cost = values["latency_ms"] / values["softmax_latency_ms"]
-            rows.append([f"`{spec}`", stage, *(f"{value:.4f}" for value in quality), f"{cost:.2f}"])
-    header = ["polynomial", "stage", "cosine", "similarity correlation", "same nearest neighbour", "time / softmax's"]
+            rows.append([f"`{spec}`", stage, *far, f"{values['neighbour_agreement']:.4f}", f"{cost:.2f}"])
+    header = ["polynomial", "stage", "1 − cosine", "1 − similarity correlation", "same nearest neighbour"]
+    header.append("time / softmax's")
     return table(header, rows)
 
 
@@ -125,6 +136,13 @@ def cards() -> str:
     return table(["card", "arm", "measure", "mean ± half the range", "seeds"], rows)
 
 
+def scratch() -> str:
+    """Returns what the card of the ViT from scratch says of its arms, with its picture."""
+    card = (ROOT / "model_cards/from-scratch-vit.md").read_text()
+    measured = card.partition("\n## Measured\n")[2].partition("\n## ")[0].strip()
+    return measured.replace("](from-scratch-vit.png)", "](../model_cards/from-scratch-vit.png)")
+
+
 def families() -> str:
     """Returns how many families of Transformers are patched, refused or too large to try."""
     counts = read("benchmarks/sweep.json")["counts"]
@@ -145,5 +163,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "models": models,
     "private": private,
+    "scratch": scratch,
     "speed": speed,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from .errors import InputError
 from .patching.patched import pretrained_model
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+
+
+class Examples(list[Any]):
+    """Texts or images, and how they are read again.
+
+    Attributes:
+        call: the call of a function of this module that reads them, with `processor` for their processor.
+    """
+
+    def __init__(self, examples: Iterable[Any], call: str) -> None:
+        super().__init__(examples)
+        self.call = call
 
 
 def load_model(name: str, device: str | None) -> Any:
@@ -45,9 +58,11 @@ def load_processor(name: str, model: Any) -> Any:
     images = pretrained_model(model).main_input_name == "pixel_values"
     kind: Any = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
     try:
-        return kind.from_pretrained(name)
+        processor = kind.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return None
+    # Of a GPT-2 without files Transformers makes a tokenizer that knows its marks only: every text is nothing to it.
+    return processor if images or len(processor) > len(processor.all_special_tokens) else None
 
 
 def read_batches(
@@ -88,14 +103,17 @@ def encode(processor: Any, examples: list[Any], size: int, length: int) -> list[
 
 def read_examples(
     processor: Any, data: str, config: str | None, split: str, column: str | None, count: int
-) -> list[Any]:
+) -> Examples:
     """Returns the first texts or images of a data set; arguments as of `read_batches`.
 
     Raises:
         InputError: no processor, no `datasets`, or no such data set, split or column.
     """
     if processor is None:
-        raise InputError("the model has neither a tokenizer nor an image processor beside it; save it with one")
+        raise InputError(
+            "the model has neither a tokenizer nor an image processor beside it; save that of the original there, "
+            "AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
+        )
     rows = _rows(data, config, split)
     text = isinstance(processor, transformers.PreTrainedTokenizerBase)
     names = [column] if column is not None else list(rows.column_names)
@@ -106,7 +124,8 @@ def read_examples(
     if chosen is None:
         wanted = "texts" if text else "images"
         raise InputError(f"{data}, split {split!r}, has no {wanted} in {names}; it has {len(rows)} rows, set --column")
-    return list(rows[: min(len(rows), count)][chosen])
+    call = f"read_examples(processor, {data!r}, {config!r}, {split!r}, {column!r}, {count})"
+    return Examples(rows[: min(len(rows), count)][chosen], call)
 
 
 def _rows(data: str, config: str | None, split: str) -> Any:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+from readme import written
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -15,46 +20,59 @@ def read(file: str) -> Any:
     return json.loads((ROOT / file).read_text())
 
 
-def table(header: str) -> list[list[str]]:
-    """Returns the cells below the table row that starts so, without the code marks."""
-    lines = README[README.index(f"\n| {header}") :].split("\n\n")[0].strip().splitlines()
-    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
 def test_links_lead_to_files_that_are_there() -> None:
     links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
     assert "benchmarks/demo.png" in links
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_calibration() -> None:
-    names = {"MiniLM": "minilm", "gpt2-zinc": "gpt2-zinc", "gpt2-tinystories": "gpt2-tinystories"}
-    names |= {"llama-stories260K": "llama", "vit-tiny": "vit"}
-    checkpoints = read("benchmarks/calibration.json")["checkpoints"]
-    rows = {name.split(",")[0]: cells for name, *cells in table("| softmax | `poly3`")}
-    assert {names[name] for name in rows} == set(checkpoints)
-    for name, cells in rows.items():
-        specs = ("softmax", "poly3", "poly3~1", "poly4-l1", "poly6-l1", "poly3^16-l1")
-        assert cells == [f"{next(iter(checkpoints[names[name]][spec].values())):.4f}" for spec in specs]
+def test_figures_are_those_of_the_files() -> None:
+    """If not, `python tests/readme.py --write` makes them so."""
+    assert written(README) == README
 
 
-def test_speed() -> None:
-    measured: dict[str, dict[tuple[str, str], Any]] = {}
-    for row in read("benchmarks/cpu.json")["rows"]:
-        heads = f"{row['heads']}" + f"/{row['kv_heads']}" * (row["heads"] != row["kv_heads"])
-        kind = ", decoding" if row["queries"] else ", causal" if row["causal"] else ""
-        case = f"{row['batch']} × {heads} × {row['length']} × {row['head_dim']}{kind}"
-        measured.setdefault(case, {})[row["dtype"], row["spec"]] = row
-    rows = {case: cells for case, *cells in table("batch, heads, tokens")}
-    assert rows.keys() == measured.keys()
-    for case, cells in rows.items():
-        expected = []
-        for dtype in ("bfloat16", "float32"):
-            cubic, l1 = (measured[case][dtype, f"{spec} calibrated"] for spec in ("poly3", "poly6-l1"))
-            for row, figure, digits in ((cubic, "speedup", 2), (l1, "speedup", 2), (l1, "limit_speedup", 1)):
-                passes = [row[name] for name in ("forward", "forward_backward") if row.get(name)]
-                expected.append([round(timed[figure], digits) for timed in passes])
-        assert [[float(figure) for figure in cell.split(" / ")] for cell in cells] == expected
+@pytest.mark.parametrize(
+    "digit", re.findall(r"\d\.\d+e-\d|(?<=takes )\d\.\d\d|(?<=\| )\d\.\d\d / \d\.\d\d", README)[::5]
+)
+def test_another_figure_would_be_written_over(digit: str) -> None:
+    assert written(README.replace(digit, digit.replace(digit[0], "9"), 1)) == README
+
+
+def test_what_loses_is_counted() -> None:
+    """The sentence on whole models says of how many cases it is true, by dtype."""
+    rows = [row for row in read("benchmarks/cpu_models.json")["models"] if "calibrated" in row["spec"]]
+    for dtype, name in (("bfloat16", "in bf16"), ("float32", "in fp32, the default,")):
+        times = [row["infer"]["latency"] for row in rows if row["dtype"] == dtype and row["batch"] > 1]
+        gain = sum(time < 1.0 for time in times)
+        sentence = " ".join(README[README.index("Whole models, calibrated,") :].split("\n\n")[0].split())
+        part = sentence[sentence.index(name) :]
+        assert re.search(r"a batch (\S+) \((\d+) of (\d+)\)", part).groups() == (  # type: ignore[union-attr]
+            f"{min(times):.2f}–{max(times):.2f}",
+            str(gain),
+            str(len(times)),
+        )
+
+
+def test_the_first_code_runs_as_it_stands(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the Hub's name the embedded copy is taken, and fewer sentences; what it saves is what the explorer opens."""
+    from transformers import AutoModel
+
+    from hf_polyattn.explore import Session
+
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[0]
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert name in code
+    names: dict[str, Any] = {}
+    exec(code.replace(name, str(checkpoint("minilm"))).replace("256", "16"), names)
+    opened = Session("minilm-poly6", "cpu")
+    assert opened.spec == "poly6-l1"
+    inputs = names["tokenizer"](["A dog runs over the grass."], return_tensors="pt")
+    softmax = AutoModel.from_pretrained(checkpoint("minilm")).eval()(**inputs).last_hidden_state.mean(1)
+    kept = torch.cosine_similarity(opened.model(**inputs).last_hidden_state.mean(1), softmax)
+    assert 0.99 < float(kept.detach()) < 1.0
 
 
 def test_adaptation() -> None:

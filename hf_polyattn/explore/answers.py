@@ -150,10 +150,18 @@ def _similarities(model: Any, processor: Any, examples: Sequence[Any], length: i
             cosines = [float(rows_[i] @ rows_[j]) for rows_ in (softmax, ours)]
             rows.append((_short(examples, i), _short(examples, j), *(f"{cosine:.4f}" for cosine in cosines)))
     if not rows:
-        rows.append((_short(examples, 0), "itself, under softmax", "1.0000", f"{float(kept[0]):.4f}"))
-    note = f"Cosine between an embedding and the softmax model's: {float(kept.min()):.4f} at least. Embeddings are "
+        rows.append((_short(examples, 0), "itself, under softmax", "1.0000", near_one(float(kept[0]))))
+    note = (
+        f"Cosine between an embedding and the softmax model's: {near_one(float(kept.min()))} at least. Embeddings are "
+    )
     note += "means over tokens." + (" Give two or more to compare them with each other." if len(examples) == 1 else "")
     return Answers("Similarities", ("one", "other", "softmax", "polynomial"), tuple(rows), note)
+
+
+def near_one(cosine: float) -> str:
+    """Returns a cosine with four digits, or what it lacks to 1 where these would hide it."""
+    lacking = 1.0 - cosine
+    return f"1 − {lacking:.1e}" if 0.0 < lacking < 5e-4 else f"{cosine:.4f}"
 
 
 def _short(examples: Sequence[Any], number: int) -> str:

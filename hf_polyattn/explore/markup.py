@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from ..figures.style import SERIES
-from .answers import Answers
+from .answers import Answers, near_one
 from .session import Position, Session
+
+#: What folders are called by those who save models into them, whatever model it is.
+_ANY = re.compile(r"model|checkpoint-\d+")
+_OWN_SOFTMAX = (
+    "“Softmax” on this page is softmax with the weights of this folder. If they were trained with its polynomials, "
+    "that is not the model that they were made from."
+)
 
 
 def block(content: str) -> str:
@@ -25,15 +33,21 @@ def title(session: Session) -> str:
     """Returns the head of the page: what is explored."""
     kind = "texts" if session.texts else "images"
     state = f"polynomial: {session.spec}" if session.spec else "softmax, as it was published"
+    if session.loaded_polynomial and session.position is None:
+        state += ", as it was saved"
     facts = (
         f"{type(session.model).__name__} · {session.model.num_parameters() / 1e6:.1f} M parameters · {kind} · {state}"
     )
-    return block(f"<h1>{escape(short_name(session.name))}</h1><p class='facts'>{escape(facts)}</p>")
+    said = f"<h1>{escape(short_name(session.name))}</h1><p class='facts'>{escape(facts)}</p>"
+    return block(said + (f"<p class='facts'>{escape(_OWN_SOFTMAX)}</p>" if session.loaded_polynomial else ""))
 
 
 def short_name(name: str) -> str:
-    """Returns a Hub id as it is, and of a folder its own name."""
-    return Path(name).absolute().name or name if Path(name).is_dir() else name
+    """Returns a Hub id as it is, and of a folder its own name; the folders around it too if it is called as any is."""
+    parts = Path(name).absolute().parts[1:] if Path(name).is_dir() else ()
+    if not parts:
+        return name
+    return "/".join(parts[-3:]) if _ANY.fullmatch(parts[-1]) else parts[-1]
 
 
 def status(message: str, error: bool = False) -> str:
@@ -74,8 +88,11 @@ def cards(position: Position) -> str:
     layers = position.report.layers
     means = [sum(own.explained_variance) / len(own.explained_variance) for own in layers]
     worst = min(range(len(means)), key=means.__getitem__)
+    where = f"on {position.held_out} examples that it was not calibrated on"
+    if not position.held_out:
+        where = "on the examples of the calibration themselves: with fewer than 8 none is held out"
     shown = (
-        (f"{position.agreement:.4f}", "agreement with softmax, on the examples; 1 is the same"),
+        (near_one(position.agreement), f"agreement with softmax, {where}; 1 is the same"),
         (f"{means[worst]:.4f}", f"explained variance of the layer that fits worst, layer {worst}"),
         (f"{position.time_ratio:.2f} ×", "time of a batch beside softmax, on this machine"),
         (f"{position.report.rows}", "tokens a layer was calibrated on"),

@@ -107,15 +107,21 @@ class _Page:
         self.spec = gr.Radio([*choices, ("another spec", OTHER)], value=chosen, label="Polynomial")
         other = current if chosen == OTHER else ""
         self.other = gr.Textbox(other, label="Another spec, such as poly4~1 or taylor2-l1", max_lines=1)
-        with gr.Accordion("Examples to calibrate on", open=not self.session.examples):
+        with gr.Accordion("Examples to calibrate on", open=True):
             if self.session.texts:
                 lines = "\n".join(" ".join(str(one).split()) for one in self.session.examples)
-                self.examples = gr.Textbox(lines, label="Texts, a line for each", lines=6, max_lines=12)
+                self.examples = gr.Textbox(lines, label=self._examples_label(), lines=6, max_lines=12)
             else:
                 self.examples = gr.Gallery(
                     self.session.examples or None, type="pil", label="Pictures", columns=4, height=220, format="png"
                 )
         self.button = gr.Button("Calibrate", variant="primary", elem_id="calibrate")
+
+    def _examples_label(self) -> str:
+        """Says what the texts are: those of Python's documentation are nobody's own."""
+        if getattr(self.session.examples, "call", "").startswith("documentation_sentences"):
+            return "Python's documentation, for want of --data. Put texts like those to come here, a line for each"
+        return "Texts, a line for each"
 
     def _choices(self) -> None:
         gr.HTML(markup.heading("2 · Look", self._saying()))
@@ -135,7 +141,13 @@ class _Page:
                 self.folder = gr.Textbox("polynomial-model", label="Folder to save to, a new one", max_lines=1)
                 self.save_button = gr.Button("Save the polynomial model", elem_id="save")
             with gr.Column(scale=5, min_width=480):
-                self.code = gr.Code(self.session.code(), language="python", label="The same in a script", lines=8)
+                self.code = gr.Code(
+                    self.session.code(),
+                    language="python",
+                    label="The same in a script",
+                    lines=8,
+                    show_line_numbers=False,
+                )
 
     def _connect(self, page: Any) -> None:
         looks = (

@@ -19,15 +19,16 @@ from ..adaptation.calibration import CalibrationReport, calibrate
 from ..adaptation.capture import model_inputs
 from ..adaptation.quality import similarity
 from ..errors import InputError, PolyAttnError
-from ..examples import documentation_sentences, encode, load_model, load_processor
+from ..examples import Examples, documentation_sentences, encode, load_model, load_processor
 from ..figures import AttentionMap, HeadCurve
 from ..files import written_beside
 from ..patching.core import is_patched
 from ..patching.patch import patch_model, softmax_attention, unpatch_model
-from ..patching.patched import patched_layers, spec_of
+from ..patching.patched import patched_layers, pretrained_model, spec_of
 from ..plot.seen import attention_map, head_curves
 from ..spec import Polynomial
 from .answers import Answers, answers
+from .script import Calibration, script
 
 #: Positions of the dial, from no division to as good as softmax, with what they are.
 DIAL = {
@@ -38,7 +39,8 @@ DIAL = {
     "poly3^16-l1": "a cubic squared four times over its row sum: stands in for softmax",
 }
 BATCH, LENGTH, TURNS = 8, 128, 5
-_SAMPLES = 96
+HELD_OUT = 4  # of so many examples one, the last ones, is not calibrated on; of fewer than twice as many none
+_SAMPLES = 128
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,12 +52,14 @@ class Position:
 
     Attributes:
         report: of `calibrate`.
-        agreement: of `similarity`, on the examples; 1 is softmax.
+        agreement: of `similarity`, on the examples that were held out, all of them if none was; 1 is softmax.
+        held_out: number of examples that the calibration did not see.
         time_ratio: median time of a batch divided by softmax's, in turns.
     """
 
     report: CalibrationReport
     agreement: float
+    held_out: int
     time_ratio: float
 
 
@@ -87,13 +91,21 @@ class Session:
         self.model = load_model(name, device)
         self.processor = load_processor(name, self.model)
         if self.processor is None:
-            raise InputError(f"{name!r} has neither a tokenizer nor an image processor beside it; save it with one")
+            kind = "ImageProcessor" if pretrained_model(self.model).main_input_name == "pixel_values" else "Tokenizer"
+            raise InputError(
+                f"{name!r} has neither a tokenizer nor an image processor beside it; save that of the original model "
+                f"there: Auto{kind}.from_pretrained(original).save_pretrained({name!r})"
+            )
         self.texts = isinstance(self.processor, PreTrainedTokenizerBase)
         if examples is None:
-            examples = documentation_sentences()[:_SAMPLES] if self.texts else []
-        self.examples = list(examples)
+            sentences = documentation_sentences()[:_SAMPLES] if self.texts else []
+            examples = Examples(sentences, "documentation_sentences()" if sentences else "")
+        self.examples = examples
         self.position: Position | None = None
-        self._loaded_polynomial = is_patched(self.model)
+        self.loaded_polynomial = is_patched(self.model)
+        self._calibration: Calibration | None = None
+        longest = getattr(pretrained_model(self.model).config, "max_position_embeddings", None)
+        self.length = min(LENGTH, longest or LENGTH)
         self._batches: list[dict[str, Any]] = []
         self._lock = threading.RLock()
 
@@ -109,7 +121,7 @@ class Session:
 
     @_one_at_a_time
     def turn(self, spec: str, examples: Sequence[Any] | None = None) -> Position:
-        """Turns the dial: makes the model this polynomial, calibrated on the examples.
+        """Turns the dial: makes the model this polynomial, calibrated on the examples, the last of which are held out.
 
         Args:
             spec: of the dial, or any other.
@@ -122,7 +134,12 @@ class Session:
         """
         Polynomial.parse(spec)
         given = self._given(self.examples if examples is None else examples)
-        batches = encode(self.processor, given, BATCH, LENGTH)
+        call = ""
+        if [_plain(one) for one in given] == [_plain(one) for one in self.examples]:
+            given, call = list(self.examples), getattr(self.examples, "call", "")
+        held = len(given) // HELD_OUT if len(given) >= 2 * HELD_OUT else 0
+        seen = given[: len(given) - held]
+        batches = encode(self.processor, seen, BATCH, self.length)
         softmax = not is_patched(self.model)
         try:
             if softmax:
@@ -134,15 +151,16 @@ class Session:
             if softmax and is_patched(self.model):
                 unpatch_model(self.model)
             raise
-        self._batches = batches
-        self.position = Position(report, similarity(self.model, batches), self._time_ratio(batches[0]))
+        self._batches, self._calibration = batches, Calibration(spec, seen, call, BATCH, self.length)
+        unseen = encode(self.processor, given[len(seen) :], BATCH, self.length) if held else batches
+        self.position = Position(report, similarity(self.model, unseen), held, self._time_ratio(batches[0]))
         return self.position
 
     @_one_at_a_time
     def map(self, example: Any, layer: int, head: int, query: int | None = None) -> AttentionMap:
         """Returns the attention maps of one head on one text or image; see `hp.plot.maps`."""
         self._require_polynomial()
-        (inputs,) = encode(self.processor, self._given([example])[:1], 1, LENGTH)
+        (inputs,) = encode(self.processor, self._given([example])[:1], 1, self.length)
         tokens = None
         if self.texts:
             tokens = [readable(token) for token in self.processor.convert_ids_to_tokens(inputs["input_ids"][0])]
@@ -159,7 +177,7 @@ class Session:
     def answer(self, examples: Sequence[Any]) -> Answers:
         """Returns what softmax and the polynomials say to the same texts or images, side by side."""
         self._require_polynomial()
-        return answers(self.model, self.processor, self._given(examples), LENGTH)
+        return answers(self.model, self.processor, self._given(examples), self.length)
 
     @_one_at_a_time
     def save(self, folder: str) -> Path:
@@ -183,16 +201,14 @@ class Session:
         return path
 
     def code(self, folder: str = "polynomial-model") -> str:
-        """Returns the lines that do the same in a script."""
-        kind, spec = type(self.model).__name__, self.spec or "poly6-l1"
-        turn = f'hp.patch_model(model, "{spec}")\nhp.calibrate(model, batches)'
-        if self._loaded_polynomial:
-            turn = f'hp.calibrate(model, batches, spec="{spec}")'
-        return (
-            f"import hf_polyattn as hp\nfrom transformers import {kind}\n\n"
-            f'model = {kind}.from_pretrained("{self.name}")\n'
-            f"{turn}  # batches: mappings of model inputs, such as a tokenizer gives\n"
-            f'model.save_pretrained("{folder.strip() or "polynomial-model"}")\n'
+        """Returns the lines of a script that do what was done here; see `script`."""
+        return script(
+            self.model,
+            self.name,
+            self.processor,
+            polynomial=self.loaded_polynomial,
+            calibration=self._calibration,
+            folder=folder.strip() or "polynomial-model",
         )
 
     def _require_polynomial(self) -> None:
@@ -225,6 +241,11 @@ class Session:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter() - started
+
+
+def _plain(example: Any) -> Any:
+    """Returns what an example is on the page: a line, or the pixels of a picture."""
+    return " ".join(example.split()) if isinstance(example, str) else example.convert("RGB").tobytes()
 
 
 def readable(token: str) -> str:

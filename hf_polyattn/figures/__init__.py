@@ -1,6 +1,7 @@
-"""How results look: one style, and the drawing of what other rooms measured, given as plain data.
+"""What draws: one style, and the drawing of what other rooms measured, given as plain data. No model comes in here.
 
-matplotlib is imported inside. Other rooms come for `draw_…`, which return a figure, and for `save` and `svg`.
+matplotlib is imported inside. Other rooms come for `draw_…`, which return a figure, and for `save` and `svg`. With a
+model or a report in hand one wants `hp.plot`, the room `plot`, which looks at it and has it drawn here.
 """
 
 from .curves import HeadCurve, draw_curves

@@ -1,6 +1,7 @@
-"""Pictures for notebooks: `hp.plot.dial`, `heads`, `maps` and `norms`; each returns a figure, in one style.
+"""`hp.plot`: `dial`, `heads`, `maps` and `norms`, for notebooks; each takes a model or a report and returns a figure.
 
-Imports `figures`, which draws, and what measures: `adaptation` and `diagnosis`. Needs matplotlib.
+Nothing is drawn here: `seen` takes from a model what a picture shows, `pictures` hands it to `figures`, which draws
+plain data and stands below the rooms that measure. Needs matplotlib.
 """
 
 from .pictures import dial, heads, maps, norms

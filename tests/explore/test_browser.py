@@ -74,20 +74,24 @@ class Visitor:
 
 @pytest.fixture
 def named(checkpoint: Make, rows: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`named(name, title, count, layers)`: a session of a checkpoint in a folder here that is called so."""
+    """`named(name, title, count, layers)`: a session of a folder here that is called so, a few layers of it patched."""
 
-    def make(name: str, title: str, count: int, layers: list[int]) -> Session:
+    def make(name: str, title: str, count: int, layers: list[int] | None = None) -> Session:
         monkeypatch.chdir(tmp_path)
-        (tmp_path / title).symlink_to(checkpoint(name).resolve())
-        made = Session(title, "cpu", rows(name, count))
-        hp.patch_model(made.model, "poly3^16-l1", layers=layers)  # a few layers, to be quick
-        return made
+        softmax = checkpoint(name).resolve()
+        if layers is None:
+            (tmp_path / title).symlink_to(softmax)
+        else:
+            made = Session(str(softmax), "cpu")
+            hp.patch_model(made.model, "poly3^16-l1", layers=layers)
+            made.save(title)
+        return Session(title, "cpu", rows(name, count))
 
     return make
 
 
 def test_a_sentence_goes_the_whole_way(chromium: Any, named: Make, served: Make, tmp_path: Path) -> None:
-    made = named("minilm", "all-MiniLM-L6-v2", 8, [0, 1])
+    made = named("minilm", "all-MiniLM-L6-v2", 16)
     with served(made) as address:
         visitor = Visitor(chromium, address, "light")
         page = visitor.page
@@ -126,7 +130,8 @@ def test_a_picture_goes_the_whole_way_in_the_dark(
         page = visitor.page
         visitor.calibrate("poly3^16-l1")
         visitor.picture("vit.layers.3.attention, head 0")
-        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+        own = page.locator("#picture")
+        own.get_by_label("Remove Image").or_(own.get_by_label("Clear")).first.click()
         page.locator("#picture input[type=file]").set_input_files(mine)
         page.get_by_label("Layer", exact=True).click()
         page.get_by_role("option", name="1:").click()

@@ -15,9 +15,10 @@ import pytest
 from import_blocker import without
 
 import hf_polyattn as hp
-from hf_polyattn.explore.answers import Answers
+from hf_polyattn.explore import Session
+from hf_polyattn.explore.answers import Answers, near_one
 from hf_polyattn.explore.command import is_loopback
-from hf_polyattn.explore.markup import answers_table, status
+from hf_polyattn.explore.markup import answers_table, short_name, status, title
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[explore]'")
 Make = Callable[..., Any]
@@ -42,7 +43,9 @@ def test_page_is_answered_by_gradio_s_own_client(page: tuple[Any, str], tmp_path
     client = Client(address, verbose=False)
     *shown, said = client.predict("poly3^16-l1", "", "\n".join(made.examples), api_name="/turn")
     assert "poly3^16-l1 is calibrated" in said
-    assert re.search(r"<b>(0\.99|1\.00)\d\d</b><span>agreement", shown[1])
+    assert re.search(
+        r"<b>(0\.99\d\d|1 − \d\.\de-0[45])</b><span>agreement with softmax, on 2 examples that it", shown[1]
+    )
     assert shown[2].count("<svg") == 1
     maps, said = client.predict("CC(=O)Nc1ccc(O)cc1", 1, 0, -1, api_name="/map")
     assert 'role="img" aria-label="h.1.attn' in maps.replace("transformer.", "")
@@ -78,6 +81,28 @@ def test_a_page_of_another_site_gets_nothing(page: tuple[Any, str]) -> None:
     with pytest.raises(urllib.error.HTTPError, match="400"):
         get(page[1], Host="attacker.example")
     assert get(page[1], Host="localhost").status == 200
+
+
+def test_a_model_has_the_name_that_tells_it_from_others(tmp_path: Path) -> None:
+    for folder in ("demo/poly6-l1/model", "demo/poly3/checkpoint-100", "minilm-poly6"):
+        (tmp_path / folder).mkdir(parents=True)
+        expected = folder if "/" in folder else "minilm-poly6"
+        assert short_name(str(tmp_path / folder)) == expected
+    assert short_name("openai-community/gpt2") == "openai-community/gpt2"
+
+
+def test_softmax_of_a_trained_model_is_said_to_be_its_own(session: Make, tmp_path: Path) -> None:
+    made = session("gpt2-zinc", 1)
+    assert "softmax with the weights of this folder" not in title(made)
+    hp.patch_model(made.model, "poly3")
+    again = Session(str(made.save(str(tmp_path / "model"))), "cpu")
+    assert "softmax with the weights of this folder" in title(again)
+    assert "polynomial: poly3, as it was saved" in title(again)
+
+
+@pytest.mark.parametrize(("cosine", "said"), [(0.9961, "0.9961"), (1 - 7.5e-6, "1 − 7.5e-06"), (1.0, "1.0000")])
+def test_a_cosine_near_one_keeps_its_digits(cosine: float, said: str) -> None:
+    assert near_one(cosine) == said
 
 
 def test_what_comes_from_elsewhere_is_escaped() -> None:

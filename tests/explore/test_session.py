@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import hf_polyattn as hp
-from hf_polyattn.examples import documentation_sentences
+from hf_polyattn.examples import Examples, documentation_sentences, encode, read_examples
 from hf_polyattn.explore import Session
 from hf_polyattn.explore.answers import answers, kind_of
 
@@ -35,7 +35,10 @@ def test_a_position_is_what_calibrate_and_similarity_say(molecules: Session, ses
     hp.patch_model(other.model, "poly3^16-l1")
     report = hp.calibrate(other.model, molecules._batches, progress=False)
     assert position.report == report
-    assert position.agreement == pytest.approx(hp.similarity(other.model, molecules._batches))
+    assert position.held_out == 2
+    unseen = encode(other.processor, other.examples[6:], 8, 128)
+    assert position.agreement == pytest.approx(hp.similarity(other.model, unseen))
+    assert position.agreement != pytest.approx(hp.similarity(other.model, molecules._batches))  # the control
     assert position.agreement > 0.99
     assert 0.2 < position.time_ratio < 5.0
 
@@ -82,18 +85,63 @@ def test_saved_model_loads_with_the_same_bits(molecules: Session, tmp_path: Path
     assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "kept"]
     loaded = Session(str(path), "cpu", molecules.examples)
     assert loaded.spec == "poly3^16-l1"
-    assert 'hp.calibrate(model, batches, spec="poly3^16-l1")' in loaded.code()
     _, curves = loaded.curves(0)  # without a calibration of its own
     assert not curves[0].counts
+    (tmp_path / "bare").mkdir()
+    molecules.model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(hp.InputError, match=r"AutoTokenizer\.from_pretrained\(original\)\.save_pretrained\('.*bare'\)"):
+        Session(str(tmp_path / "bare"), "cpu")
 
 
-def test_the_code_does_the_same(molecules: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"batches": molecules._batches}
-    exec(molecules.code("again"), names)
+def same_in_a_script(session: Session, folder: Path) -> bool:
+    """Runs the lines that a session shows, as they stand, and says whether they saved the session's model."""
+    exec(session.code(str(folder)), {})
+    again = Session(str(folder), "cpu", session.examples)
     tokens = {"input_ids": torch.tensor([[5, 9, 12, 7]])}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
-    torch.testing.assert_close(model(**tokens).logits, molecules.model(**tokens).logits)
+    return torch.equal(again.model(**tokens).logits, session.model(**tokens).logits)
+
+
+def test_the_code_does_what_was_done(molecules: Session, session: Make, tmp_path: Path) -> None:
+    assert same_in_a_script(molecules, tmp_path / "given")
+    made = session("gpt2-zinc", 8)
+    assert "calibrate(" not in made.code()  # still softmax
+    hp.patch_model(made.model, "poly3", layers=[0])  # one layer, to be quick
+    made.turn("poly3", documentation_sentences()[:8])  # other texts, given on the page
+    assert "documentation_sentences" not in made.code()
+    loaded = Session(str(made.save(str(tmp_path / "kept"))), "cpu")
+    assert loaded.loaded_polynomial
+    assert "calibrate(" not in loaded.code()  # which would undo what was trained
+    assert same_in_a_script(loaded, tmp_path / "as-loaded")
+    loaded.examples = Examples(loaded.examples[:8], loaded.examples.call)  # type: ignore[attr-defined]
+    loaded.turn("poly4-l1")
+    assert "documentation_sentences()[:6]" in loaded.code()
+    assert same_in_a_script(loaded, tmp_path / "turned")
+
+
+def test_the_code_reads_a_data_set_again(session: Make, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    made = session("gpt2-zinc", 1)
+    made.examples = read_examples(made.processor, str(shared("datasets/zinc/test.parquet")), None, "train", None, 8)
+    made.turn("poly3", [" ".join(one.split()) for one in made.examples])  # as they come back from the page
+    assert "read_examples(processor, " in made.code()
+    assert same_in_a_script(made, tmp_path / "again")
+
+
+def test_the_code_takes_pictures_of_the_page_as_arguments(
+    session: Make, rows: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = session("vit", 0)
+    hp.patch_model(made.model, "poly3", layers=[0])  # one layer, to be quick
+    softmax = made.save(str(tmp_path / "one-layer"))
+    made = Session(str(softmax), "cpu")
+    pictures = rows("vit", 2)
+    made.turn("poly3", pictures)
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    monkeypatch.setattr("sys.argv", ["script.py", str(tmp_path / "0.png"), str(tmp_path / "1.png")])
+    exec(made.code(str(tmp_path / "again")), {})
+    again = Session(str(tmp_path / "again"), "cpu")
+    inputs = encode(made.processor, pictures, 2, 0)[0]
+    assert torch.equal(again.model(**inputs).logits, made.model(**inputs).logits)
 
 
 def test_images_have_maps_over_the_picture_and_classes(session: Make) -> None:

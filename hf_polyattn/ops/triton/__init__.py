@@ -1,1 +1,1 @@
-"""Backend `triton`: GPU kernels, their launches (`launch`), and how they are compiled (`tuning`, `tables/`, `tune`)."""
+"""Backend `triton`: GPU kernels, their launches (`launch`), and their block sizes (`tuning`, `tables/`, `tune`)."""

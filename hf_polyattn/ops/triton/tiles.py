@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels: rows of a head, loaded, multiplied, summed and stored.
+"""What the Triton kernels do with tiles: rows of a head, loaded, multiplied, summed and stored. Sizes are in `tuning`.
 
 Columns are tiled by one or two chunks, whose widths are powers of 2 from 16: 80 = 64 + 16. Rows of a head are a tuple
 of tiles, one for each chunk.
