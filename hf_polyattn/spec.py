@@ -89,6 +89,17 @@ class Polynomial:
         except SpecError as error:
             raise SpecError(f"spec {spec!r}: {error}") from None
 
+    @classmethod
+    def parse_several(cls, specs: Iterable[str | Polynomial]) -> list[Polynomial]:
+        """Returns the polynomials that several spec strings name.
+
+        Raises:
+            SpecError: a single one, whose letters would be taken for specs, or one that does not follow the grammar.
+        """
+        if isinstance(specs, (str, Polynomial)):
+            raise SpecError(f"a single spec was given, {str(specs)!r}, where several are expected: wrap it: [spec]")
+        return [cls.parse(spec) for spec in specs]
+
     def __str__(self) -> str:
         power = f"^{self.power}" if self.power > 1 else ""
         refinements = f"~{self.refinements}" if self.refinements else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,9 @@ def test_model_is_patched_calibrated_changed_and_diagnosed(
     printed = run("patch", checkpoint("gpt2-zinc"), tmp_path / "first", "--spec", "poly3^16-l1", *data)
     assert "explained variance" in printed
     assert "transformer.h.3.attn" in printed
+    assert re.search(r"every layer fits; the worst head, \d of transformer\.h\.\d\.attn, explains [01]\.\d{4}", printed)
+    (agreement,) = re.findall(r"similarity to softmax on the same data: ([01]\.\d+)", printed)
+    assert float(agreement) > 0.99
     assert "poly3^16-l1  patched" in run("describe", tmp_path / "first")
 
     run("calibrate", tmp_path / "first", tmp_path / "second", "--spec", "poly6-l1", *data)

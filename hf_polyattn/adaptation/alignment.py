@@ -82,7 +82,7 @@ def align(
         accelerator=accelerator,
         progress=progress,
     )
-    check_training(model, teacher, options, role="model")
+    check_training(model, batches, teacher, options, role="model")
     layers = patched_layers(model)
     if all(child.config.spec.normalizer == "l1" for _, child in layers):
         raise InputError(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError, PatchError
-from ..patching.core import is_patched
+from ..errors import InputError
 from ..patching.governing import change_specs, reconfigure
 from ..patching.patched import patched_layers
+from ..patching.running import require_polynomial
 from ..spec import CALIBRATED, Polynomial
 from ..tables import format_table
 from .calibration import calibrate, fit_layers, same_shift, write_fits
@@ -122,13 +122,12 @@ def anneal(
         What each rung cost and kept.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is not running its polynomials.
         InputError: an empty ladder, no steps or no batches.
         TrainingError: a loss or gradient is not finite.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
-    ladder = [Polynomial.parse(spec) for spec in specs]
+    require_polynomial(model)
+    ladder = Polynomial.parse_several(specs)
     if not ladder or steps < 1:
         raise InputError(f"anneal needs at least one spec and one step a rung, got {len(ladder)} and {steps}")
     taken = take_batches(batches, calibration_batches)

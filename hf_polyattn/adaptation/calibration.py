@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PatchError
-from ..patching.core import PolyAttention, is_patched
+from ..patching.core import PolyAttention
 from ..patching.governing import change_specs, reconfigure
 from ..patching.patched import patched_layers, pretrained_model, spec_of
+from ..patching.running import require_polynomial
 from ..patching.threads import alone
 from ..spec import Polynomial
 from ..tables import format_table
@@ -80,6 +80,16 @@ class CalibrationReport:
         return tuple(layer.path for layer in self.layers if _mean(layer.explained_variance) < self.BAD_FIT)
 
     @property
+    def worst_head(self) -> str:
+        """What to say of the head that fits worst, which a mean over its layer's heads hides."""
+        explained, head, path = min(
+            (explained, head, layer.path)
+            for layer in self.layers
+            for head, explained in enumerate(layer.explained_variance)
+        )
+        return f"the worst head, {head} of {path}, explains {explained:.4f} of its variance under softmax"
+
+    @property
     def needs_clamp(self) -> str | None:
         """What to say of polynomials that cannot do without the clamp they do not have; None if they can."""
         if self.clamp or not self.bad_layers:
@@ -117,7 +127,7 @@ class CalibrationReport:
             verdicts.append(f"these layers fit badly (below {self.BAD_FIT}): {', '.join(self.bad_layers)}.")
         if self.needs_clamp:
             verdicts.append(self.needs_clamp)
-        verdict = " ".join(verdicts) or "every layer fits."
+        verdict = " ".join(verdicts) or f"every layer fits; {self.worst_head}."
         of = f" of {self.lengths[0]} to {self.lengths[1]} keys" if self.lengths else ""
         return f"{format_table(header, rows)}\n{self.spec}, {self.rows} rows a layer{of}: {verdict}"
 
@@ -161,13 +171,12 @@ def calibrate(
         A report with explained variance, score range and chosen interval of each layer and head.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is not running its polynomials.
         CalibrationError: no batches, no visible scores, non-finite activations, or inputs that cannot be cropped. The
             model is left as it was.
         InputError: an unknown row_shift, or squares that do not go with it.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    require_polynomial(model)
     specs = {
         path: child.config.spec if spec is None else Polynomial.parse(spec) for path, child in patched_layers(model)
     }

@@ -19,6 +19,10 @@ from ..ops.masks import visible_keys
 from ..patching.core import PolyAttention
 from ..patching.masking import real_positions
 from ..patching.patched import patched_layers, pretrained_model, require_in_memory
+from ..patching.running import require_polynomial
+from .batches import require_several
+from .progress import hidden
+from .training import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,9 @@ def take_batches(batches: Iterable[Any], max_batches: int | None) -> list[Any]:
 
     Raises:
         CalibrationError: there is none.
+        InputError: a single batch.
     """
+    require_several(batches)
     taken = list(islice(batches, max_batches))
     if not taken:
         raise CalibrationError("no batches were given; pass an iterable of model inputs with at least one batch")
@@ -113,30 +119,28 @@ def observe(
     """Runs the softmax model over batches; the observer sees each patched layer's inputs and output in turn.
 
     Args:
-        model: a patched model; evaluation mode inside, its mode and its polynomials are as before outside.
+        model: a patched model; evaluation mode inside, its modes and its polynomials are as before outside.
         batches: model inputs, see `model_inputs`.
         observer: called with (path of the attention module, its `PolyAttention`, `Observation`).
         progress: show a progress bar.
         title: of the progress bar.
 
     Raises:
-        PatchError: the model is not patched, or is offloaded.
+        PatchError: the model is not patched, is not running its polynomials, or is offloaded.
         CalibrationError: a batch that is not a model input.
+        InputError: a single batch.
     """
-    root = pretrained_model(model)
+    root = require_polynomial(model)
+    require_several(batches)
     require_in_memory(root, "calibrated or diagnosed")
     extra = {"use_cache": False} if "use_cache" in inspect.signature(root.forward).parameters else {}
-    training = model.training
-    model.eval()
-    try:
-        for batch in tqdm(batches, desc=title, disable=not progress, leave=False):
+    with evaluating(model):
+        for batch in tqdm(batches, desc=title, disable=hidden(progress), leave=False):
             inputs = model_inputs(model, batch)
             with ExitStack() as stack:
                 for path, child in patched_layers(model):
                     stack.enter_context(observing(root, path, child, inputs, observer))
                 model(**{**extra, **inputs})
-    finally:
-        model.train(training)
 
 
 class Replay:
@@ -160,7 +164,7 @@ class Replay:
     def run(self, observer: Observer, title: str) -> None:
         """Shows every observation to the observer, in the same order in each pass."""
         if self.kept:  # a pass came before, and all of it is here
-            for seen in tqdm(self.kept, desc=title, disable=not self.progress, leave=False):
+            for seen in tqdm(self.kept, desc=title, disable=hidden(self.progress), leave=False):
                 observer(*seen)
             return
 

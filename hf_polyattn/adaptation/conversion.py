@@ -19,16 +19,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import InputError, PatchError, PolyAttnError
+from ..errors import InputError, PolyAttnError
 from ..figures import draw_conversion, save
-from ..patching.core import is_patched
 from ..patching.patched import patched_layers
+from ..patching.running import require_polynomial
 from ..spec import Polynomial
 from ..tables import format_table
 from .calibration import choice_for, fit_layers, write_fits
 from .capture import Replay, take_batches
 from .crops import with_crops
 from .fitting.layer import LayerFit
+from .progress import hidden
 from .quality import Quality, similarity
 
 DIAL = ("poly3", "poly3-l1", "poly4-l1", "poly6-l1", "poly3^4-l1", "poly3^8-l1", "poly3^16-l1")
@@ -135,13 +136,12 @@ def convert(
         What was measured along the dial, each layer's losses and the choice.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is not running its polynomials.
         InputError: fewer than two batches or two specs.
         QualityError: the last spec alone falls below the floor. The model then has it in every layer.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
-    dial = [Polynomial.parse(spec) for spec in specs]
+    require_polynomial(model)
+    dial = Polynomial.parse_several(specs)
     taken = take_batches(batches, max_batches)
     if len(dial) < 2 or len(taken) < 2:
         raise InputError(f"convert needs at least two specs and two batches, got {len(dial)} and {len(taken)}")
@@ -158,7 +158,7 @@ def convert(
     losses: dict[str, dict[Polynomial, float]] = {path: {dial[-1]: 0.0} for path in search.paths}
     lossless = dict.fromkeys(search.paths, dial[-1])
     tries = [(path, spec) for path in search.paths for spec in dial[:-1]]
-    for path, spec in tqdm(tries, desc="convert: layers", disable=not progress, leave=False):
+    for path, spec in tqdm(tries, desc="convert: layers", disable=hidden(progress), leave=False):
         losses[path][spec] = max(0.0, best.quality - search.measure({**lossless, path: spec}).quality)
 
     thresholds = sorted({loss for own in losses.values() for loss in own.values()})

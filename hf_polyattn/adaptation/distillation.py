@@ -95,7 +95,7 @@ def distill(
         accelerator=accelerator,
         progress=progress,
     )
-    check_training(model, teacher, options, role="student")
+    check_training(model, batches, teacher, options, role="student")
     defaults = LEARNING_RATES["l1" if _has_row_sums(model) else "fixed"]
     if coefficient_lr is None:
         coefficient_lr = defaults[1] if lr is None else lr

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import InputError, PatchError
-from ..patching.core import PolyAttention, is_patched
+from ..errors import InputError
+from ..patching.core import PolyAttention
 from ..patching.patched import patched_layers, spec_of
+from ..patching.running import require_polynomial
 from .capture import Observation, observe, take_batches
+from .progress import hidden
 
 _EPSILON = 1e-12
 
@@ -44,11 +46,10 @@ def match_layers(
         The loss of every step, the mean of the layers', before its update.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is not running its polynomials.
         InputError: no steps, no batches, or no polynomial that could train: all of them frozen, or with l1.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    require_polynomial(model)
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
     layers = [child for _, child in patched_layers(model) if matchable(child)]
@@ -62,7 +63,7 @@ def match_layers(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps))
     taken = take_batches(batches, steps)
     losses = []
-    bar = tqdm(range(steps), desc="match layers", unit="step", disable=not progress)
+    bar = tqdm(range(steps), desc="match layers", unit="step", disable=hidden(progress))
     for step in bar:
         terms: list[float] = []
 

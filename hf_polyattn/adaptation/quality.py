@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..patching.as_patched import warn_of_change
+from ..patching.core import is_patched
 from ..patching.masking import real_positions
 from ..patching.patch import softmax_attention
 from ..patching.patched import pretrained_model
+from ..patching.running import require_polynomial
+from .batches import require_several
 from .capture import model_inputs
 from .training import evaluating, rows_of
 
@@ -31,11 +35,18 @@ def similarity(model: nn.Module, batches: Iterable[Any], teacher: nn.Module | No
     Args:
         model: patched.
         batches: model inputs, see `calibrate`.
-        teacher: a softmax model; None runs `model` itself under softmax: right while its weights are the pretrained.
+        teacher: a softmax model; None runs `model` itself under softmax: right while its weights are the
+            pretrained, and warns once where they have changed since it was patched.
 
     Raises:
-        InputError: no batches, or outputs with neither logits nor hidden states.
+        PatchError: the model is not patched, or is not running its polynomials.
+        InputError: no batches, a single batch, or outputs with neither logits nor hidden states.
     """
+    if teacher is None or is_patched(model):
+        require_polynomial(model)
+    require_several(batches)
+    if teacher is None:
+        warn_of_change(pretrained_model(model), stacklevel=3)  # of `similarity`, and of torch's decorator around it
     total = count = 0.0
     with evaluating(model), nullcontext() if teacher is None else evaluating(teacher):
         for batch in batches:

@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 from ..errors import InputError, TrainingError
 from ..files import written_beside
 from ..patching.core import PolyAttention
+from .batches import require_inputs
+from .progress import hidden
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 _RECENT = 10  # steps over which `until` takes the mean
@@ -93,7 +95,7 @@ def train(
         title: of the progress bar.
 
     Raises:
-        InputError: no batches.
+        InputError: no batches, or one that is no mapping.
         TrainingError: a loss or gradient is not finite; the model keeps the last weights whose loss was.
     """
     accelerator, steps = options.accelerator, options.steps
@@ -113,9 +115,10 @@ def train(
     good = [parameter.detach().clone() for parameter in trained]
 
     remaining = islice(_cycle(batches), len(losses), steps)
-    bar = tqdm(remaining, total=steps, initial=len(losses), desc=title, unit="step", disable=not options.progress)
+    bar = tqdm(remaining, total=steps, initial=len(losses), desc=title, unit="step", disable=hidden(options.progress))
     with bar, evaluating(model):
         for batch in bar:
+            require_inputs(batch)
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             with nullcontext() if accelerator is None else accelerator.autocast():
                 loss = loss_of(model, inputs)

@@ -58,6 +58,7 @@ def patch(
     batches = source.read_batches(processor)
     if floor is None:
         typer.echo(calibrate_model(model, batches, max_batches=None))
+        _say_similarity(model, batches)
     else:
         typer.echo(convert(model, batches, floor=floor, max_batches=source.batches))
     _save(model, processor, output)
@@ -73,7 +74,9 @@ def calibrate(
     from ..adaptation.calibration import calibrate as calibrate_model
 
     model, processor = source.load_model()
-    typer.echo(calibrate_model(model, source.read_batches(processor), spec=spec, max_batches=None))
+    batches = source.read_batches(processor)
+    typer.echo(calibrate_model(model, batches, spec=spec, max_batches=None))
+    _say_similarity(model, batches)
     _save(model, processor, output)
 
 
@@ -120,6 +123,12 @@ def explore(
     if not is_loopback(host):
         typer.echo(f"warning: whoever reaches {host} can use the model and save to this machine", err=True)
     serve(session, host, port, lambda address: typer.echo(f"exploring {model} at {address} (Ctrl-C ends it)"))
+
+
+def _say_similarity(model: Any, batches: list[Any]) -> None:
+    from ..adaptation.quality import similarity
+
+    typer.echo(f"similarity to softmax on the same data: {similarity(model, batches):.4f} (1 is softmax)")
 
 
 def _save(model: Any, processor: Any, output: Path) -> None:

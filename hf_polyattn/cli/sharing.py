@@ -23,16 +23,15 @@ def push(
 
     The card is the folder's README.md if it has one.
     """
-    from huggingface_hub import ModelCard
-
     from ..examples import load_model, load_processor
+    from ..hub.card_template import load_card
     from ..patching.core import is_patched
 
     loaded = load_model(str(model), "cpu")
     processor = load_processor(str(model), loaded)
     if not is_patched(loaded):
         raise InputError(f"{model} is a softmax model; `polyattn patch {model} OUTPUT --data …` makes it polynomial")
-    card = ModelCard.load(model / "README.md") if (model / "README.md").is_file() else None
+    card = load_card(model / "README.md") if (model / "README.md").is_file() else None
     try:
         url = loaded.push_to_hub(
             repository, private=private, revision=branch, card=card, overwrite_card=overwrite_card, processor=processor

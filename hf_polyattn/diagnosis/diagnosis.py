@@ -15,9 +15,10 @@ from torch import nn
 
 from ..adaptation.capture import Observation, observe, take_batches
 from ..adaptation.quality import similarity
-from ..errors import InputError, PatchError
-from ..patching.core import PolyAttention, is_patched
+from ..errors import InputError
+from ..patching.core import PolyAttention
 from ..patching.patched import patched_layers
+from ..patching.running import require_polynomial
 from .inspection import (
     interval_scores,
     polynomial_squares,
@@ -50,14 +51,13 @@ def diagnose(
         progress: show a progress bar.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is not running its polynomials.
         CalibrationError: no batches, or one that is not a model input.
         InputError: a layer that no row of the batches reaches.
 
     Source of the bounds: arXiv 2410.18613, Theorem 4.1.
     """
-    if not is_patched(model):
-        raise PatchError(f"{type(model).__name__} is not patched; call patch_model(model, spec) first")
+    require_polynomial(model)
     layers = patched_layers(model)
     sums = {path: _LayerSums(path, layer) for path, layer in layers}
 

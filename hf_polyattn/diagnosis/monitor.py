@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import DivergenceError, InputError, PatchError
 from ..patching.core import PolyAttention, is_patched
 from ..patching.patched import patched_layers
+from ..patching.running import require_polynomial
 from .sampling import polynomial_norms, sample_rows, shares_outside
 from .softmax_probe import SoftmaxProbe, Unwatched, softmax_probes
 
@@ -46,7 +47,8 @@ class Monitor:
         norms: record norms of attention, of softmax layers too.
 
     Raises:
-        PatchError: the model is not patched; with `norms`, it has no attention whose norms can be watched.
+        PatchError: the model is not patched, or is not running its polynomials; with `norms`, it has no attention whose
+            norms can be watched.
         InputError: `every` is not at least 1.
     """
 
@@ -58,6 +60,8 @@ class Monitor:
                 f"{type(model).__name__} is not patched; call patch_model(model, spec) first, or watch its softmax "
                 "with Monitor(model, norms=True)"
             )
+        if is_patched(model):
+            require_polynomial(model)
         self.model = model
         self.every, self.norms = every, norms
         self.steps = 0

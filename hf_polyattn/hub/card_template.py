@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,38 @@ class PolynomialModelCard(ModelCard):
         super().save(Path(filepath))
         if self.diagnosis is not None:
             self.diagnosis.plot(Path(filepath).with_name(PLOT))
+
+
+def load_card(source: str | Path) -> ModelCard:
+    """Returns the card of a Hub id or a file, which need have no metadata.
+
+    Raises:
+        OSError, ValueError: there is none, or it cannot be read.
+    """
+    with _no_word_of_missing_metadata():
+        card: ModelCard = ModelCard.load(source, ignore_metadata_errors=True)
+    return card
+
+
+def parse_card(text: str) -> ModelCard:
+    """Returns the card of a text, which need have no metadata."""
+    with _no_word_of_missing_metadata():
+        return ModelCard(text, ignore_metadata_errors=True)
+
+
+@contextmanager
+def _no_word_of_missing_metadata() -> Iterator[None]:
+    """Within, the Hub's client does not warn that a card has no metadata: cards of base models need none."""
+    logger = logging.getLogger(ModelCard.__module__)
+    logger.addFilter(_is_of_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_of_something_else)
+
+
+def _is_of_something_else(record: logging.LogRecord) -> bool:
+    return "metadata block was not found" not in record.getMessage()
 
 
 def fill_template(data: ModelCardData, **sections: str) -> PolynomialModelCard:
@@ -83,7 +117,7 @@ def _digest(text: str) -> str:
 
 def with_tags(text: str, tags: Iterable[str]) -> str:
     """Returns a card's text with tags added to its metadata; the same text if it has them."""
-    card = ModelCard(text, ignore_metadata_errors=True)
+    card = parse_card(text)
     data: Any = card.data
     present = data.tags or []
     missing = [tag for tag in dict.fromkeys(tags) if tag not in present]

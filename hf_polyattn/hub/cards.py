@@ -27,6 +27,7 @@ from .card_template import (
     change,
     fill_template,
     introduction,
+    load_card,
     markdown_table,
 )
 
@@ -179,7 +180,7 @@ def name_polynomials(model: nn.Module, file: Path) -> None:
         model: patched, or around a patched one.
         file: README.md.
     """
-    card: Any = ModelCard.load(file, ignore_metadata_errors=True)
+    card: Any = load_card(file)
     specs = _specs(model)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *TAGS, *specs]))
     if _HEADING not in card.text:
@@ -200,7 +201,7 @@ def _base_of(root: Any, repository: str) -> tuple[str | None, dict[str, Any]]:
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
-        card = ModelCard.load(hub_id or Path(name, "README.md"), ignore_metadata_errors=True)
+        card: Any = load_card(hub_id or Path(name, "README.md"))
     except (OSError, ValueError, YAMLError):  # no card, a broken one, or no network: then the licence is not known
         return hub_id, {}
     return hub_id, card.data.to_dict()

@@ -72,8 +72,13 @@ def _install_building(model_class: Any) -> None:
 
     @wraps(save)
     def save_with_guard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from ..patching.description import warn_of_uncalibrated
         from ..patching.governing import armed_configs
+        from ..patching.running import require_polynomial
 
+        if is_patched(self):
+            require_polynomial(self, in_softmax_block=True)
+            warn_of_uncalibrated(self, stacklevel=2)
         armed_configs(self)
         result = save(self, *args, **kwargs)
         given = inspect.signature(save).bind(self, *args, **kwargs)
@@ -191,17 +196,26 @@ def _install_pushing(model_class: Any) -> None:
 
 
 def install_on_trainer(trainer: Any) -> None:
-    """Keeps weight decay away from polynomials in `Trainer`, lets its trackers log what `MonitorCallback` has, and
-    writes the cards of its pushes.
+    """Keeps weight decay away from polynomials in `Trainer`, lets its trackers log what `MonitorCallback` has, writes
+    the cards of its pushes, and notes the weights that a training begins with.
 
     A decayed center is another interval. And `Trainer` calls its trackers before any callback of the user,
     so that what a callback adds to the logs would not reach them. Its card is a draft that knows nothing of polynomials
     and that it writes over whatever card the repository has.
     """
     trainer_class = trainer.Trainer
-    decay_names, log = trainer_class.get_decay_parameter_names, trainer_class.log
+    decay_names, log, train = trainer_class.get_decay_parameter_names, trainer_class.log, trainer_class.train
     create_card, push_to_hub = trainer_class.create_model_card, trainer_class.push_to_hub
     parameters = inspect.signature(push_to_hub)
+
+    @wraps(train)
+    def train_with_polyattn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_patched(self.model):
+            from ..patching.as_patched import note_weights
+            from ..patching.patched import pretrained_model
+
+            note_weights(pretrained_model(self.model))
+        return train(self, *args, **kwargs)
 
     @wraps(decay_names)
     def decay_names_without_polyattn(self: Any, model: Any) -> list[str]:
@@ -242,6 +256,7 @@ def install_on_trainer(trainer: Any) -> None:
             return push_to_hub(self, *args, **kwargs)
 
     push_with_card.__doc__ = (push_to_hub.__doc__ or "") + _PUSH_DOCUMENTATION.partition("        processor")[0]
+    trainer_class.train = train_with_polyattn
     trainer_class.get_decay_parameter_names = decay_names_without_polyattn
     trainer_class.log = log_with_polyattn
     trainer_class.create_model_card = create_card_with_polyattn

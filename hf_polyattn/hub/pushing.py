@@ -18,7 +18,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundErr
 from transformers.utils import logging
 
 from ..patching.patched import spec_of
-from .card_template import REPOSITORY, is_as_written, sign, with_tags
+from .card_template import REPOSITORY, is_as_written, parse_card, sign, with_tags
 from .cards import model_card
 
 logger = logging.get_logger(__name__)
@@ -76,7 +76,7 @@ def write_card(model: Any, file: Path, repository: str | None, push: Push) -> No
         push: what was asked for.
     """
     present = None if repository is None else _present_card(repository, push)
-    known: Any = None if present is None else ModelCard(present, ignore_metadata_errors=True).data
+    known: Any = None if present is None else parse_card(present).data
     if present is not None and not push.overwrite_card:
         edited = not is_as_written(present)
         stale = not set(spec_of(model).split(", ")) <= set(known.tags or ())

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..errors import PatchError
 from ..patching.core import is_patched
-from ..patching.saved_config import IMPLEMENTATIONS
+from ..patching.saved_config import IMPLEMENTATIONS, refusal
 
 
 def keep_polynomials(model_class: Any) -> None:
@@ -26,13 +26,13 @@ def keep_polynomials(model_class: Any) -> None:
 
         governing = [owner.config for owner in governing_configs(self)]
         if governing and isinstance(attn_implementation, str) and attn_implementation not in IMPLEMENTATIONS:
-            raise PatchError(_refusal(self, attn_implementation))
+            raise PatchError(refusal(type(self).__name__, attn_implementation))
         before = [(config, config._attn_implementation) for config in _configs(self)] if governing else []
         set_implementation(self, attn_implementation, *args, **kwargs)
         if any(config._attn_implementation not in IMPLEMENTATIONS for config in governing):
             for config, implementation in before:
                 config._attn_implementation_internal = implementation
-            raise PatchError(_refusal(self, attn_implementation))
+            raise PatchError(refusal(type(self).__name__, attn_implementation))
 
     model_class.set_attn_implementation = set_implementation_with_polyattn
 
@@ -52,13 +52,6 @@ def install_on_continuous_batching(continuous_api: Any) -> None:
         initialize(self, model, *args, **kwargs)
 
     manager_class.__init__ = initialize_with_polyattn
-
-
-def _refusal(model: Any, asked: Any) -> str:
-    return (
-        f"{type(model).__name__} has polynomial attention, and attn_implementation {asked!r} was asked for. Call "
-        "unpatch_model(model) first, after which it is free, or use softmax_attention(model) for a while."
-    )
 
 
 def _configs(model: Any) -> list[PreTrainedConfig]:

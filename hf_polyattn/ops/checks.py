@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..spec import MAX_DEGREE, NORMALIZERS, POWERS
+from .backends import is_traced
 from .call import compute_dtype
+from .modes import is_transformed
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -126,7 +128,8 @@ def radius_of_heads(radius: float | Tensor, query: Tensor) -> Tensor | None:
     """Returns the radius as (H,), None for 1.
 
     Raises:
-        InputError: it is not positive, or has another shape or device.
+        InputError: it is not positive (of a tensor, where that is seen at once: on the CPU, outside of compilers and
+            transforms), or has another shape or device.
     """
     heads = query.shape[1]
     if not isinstance(radius, Tensor):
@@ -137,7 +140,17 @@ def radius_of_heads(radius: float | Tensor, query: Tensor) -> Tensor | None:
         raise InputError(f"radius must be a float or (H,) with H = {heads}; got {tuple(radius.shape)}")
     if radius.device != query.device:
         raise InputError(f"radius is on {radius.device}, query on {query.device}")
+    # operators would cost more than a list
+    if _can_be_read(radius) and not all(number > 0.0 for number in radius.tolist()):
+        raise InputError(f"radius must be positive, got {radius.tolist()}")
     return radius
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for no device, and nobody records or transforms what runs."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or is_traced() or is_transformed(tensor):
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _per_head(number: float, query: Tensor) -> Tensor:

@@ -150,6 +150,27 @@ def count_visible(
     return (high - low).clamp(min=1).expand(*(1,) * (3 - high.dim()), *high.shape)
 
 
+def longest_visible(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    ranges: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> int:
+    """Returns the most keys that any query row sees: how long a padded batch, or what is in a static cache, really is.
+
+    With a mask, ranges or a window it looks at values, for which a GPU is waited: it is for calls that seem to be too
+    long, and not for what is recorded. Arguments are those of `polynomial_attention`.
+    """
+    if mask is None and ranges is None and window is None:
+        return min(keys, queries) if causal else keys
+    count = count_visible(queries, keys, device, mask=mask, ranges=ranges, causal=causal, window=window)
+    return int(count.max()) if count.numel() > 0 else 0
+
+
 def packed_ranges(cu_seqlens: Tensor, length: int) -> Tensor:
     """Returns the ranges (1, T, 2), int32, of sequences packed one after another: each row sees its own sequence.
 

@@ -17,12 +17,13 @@ from ..ops import polynomial_attention, score_moments
 from ..ops.call import compute_dtype, without_autocast
 from ..ops.centers import fused_centers
 from ..ops.layer import MOMENTS, POLYNOMIAL, REFINEMENT, fused_layer
-from ..ops.masks import count_visible
+from ..ops.masks import count_visible, longest_visible
 from ..ops.modes import autocast_inputs, is_transformed
 from ..ops.moments import moments_of
 from ..spec import NORMALIZERS, PolyAttentionConfig
 from .configured import ConfiguredPolynomial
 from .recording import is_recorded
+from .relative import fixed
 from .row_shift import Refinement, alpha_of, evaluate
 
 CHILD_NAME = "polyattn"
@@ -100,7 +101,7 @@ class PolyAttention(ConfiguredPolynomial):
         if dropout == 0.0 and not return_weights and query.device.type == "cpu" and not torch.compiler.is_compiling():
             at_once = self._at_once(query, key, value, pattern)
             if at_once is not None:
-                self._warn_of_length(key.shape[2])
+                self._warn_of_length(query, key, pattern)
                 return at_once
         if config.interval and self.coefficients.dtype in (torch.bfloat16, torch.float16):
             raise PatchError(
@@ -109,7 +110,7 @@ class PolyAttention(ConfiguredPolynomial):
                 "from_pretrained(…, dtype=…) leave polynomials in float32."
             )
         if not is_recorded(key):
-            self._warn_of_length(key.shape[2])
+            self._warn_of_length(query, key, pattern)
             if self.coefficients.requires_grad:  # a model's `requires_grad_(True)`
                 self.freeze_unused()
         center: Tensor | float = self.center if config.interval else 0.0
@@ -198,11 +199,15 @@ class PolyAttention(ConfiguredPolynomial):
             center = center + part.step(self._row_sum(part, query, key, center, pattern | {"scaling": scaling}))
         return center
 
-    def _warn_of_length(self, k_len: int) -> None:
-        """Warns once where sequences are far longer or shorter than those of the calibration."""
+    def _warn_of_length(self, query: Tensor, key: Tensor, pattern: dict[str, Any]) -> None:
+        """Warns once where rows see far more or fewer keys than those of the calibration."""
         lengths = self.config.lengths
         if lengths is None or self._warned:
             return
+        k_len = key.shape[2]
+        if k_len > FAR * lengths[1]:  # it may be padding, or a static cache
+            seen = {name: pattern[name] for name in ("mask", "ranges", "causal", "window")}
+            k_len = longest_visible(query.shape[2], k_len, key.device, **seen)
         if not lengths[0] <= FAR * k_len <= FAR * FAR * lengths[1]:
             self._warned = True
             warnings.warn(
@@ -233,8 +238,8 @@ class PolyAttention(ConfiguredPolynomial):
         if moments is not None:
             center = center + moments(scaling * query, *moments_of(scores, visible, count), count, alpha)
         for part in self._refinements():
-            t = scores - (center + part.center.to(center.dtype)[:, None]).unsqueeze(-1)
-            t = t / part.radius.to(t.dtype)[:, None, None]
+            t = scores - (center + fixed(part.center).to(center.dtype)[:, None]).unsqueeze(-1)
+            t = t / fixed(part.radius).to(t.dtype)[:, None, None]
             w = evaluate(spec, part.changed_coefficients(), t.clamp(-1.0, 1.0) if self.config.clamp else t)
             row_sum = w.masked_fill(~visible, 0.0).sum(-1) * count.to(t.dtype) ** -alpha
             center = center + part.step(row_sum)
@@ -251,8 +256,8 @@ class PolyAttention(ConfiguredPolynomial):
                 part.changed_coefficients(),
                 power=spec.power,
                 normalizer="none" if spec.normalizer == "l1" else spec.normalizer,
-                center=center + part.center.to(center.dtype)[:, None],
-                radius=part.radius,
+                center=center + fixed(part.center).to(center.dtype)[:, None],
+                radius=fixed(part.radius),
                 clamp=bool(self.config.clamp),
                 backend=self.config.backend,
                 **pattern,

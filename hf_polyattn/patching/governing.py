@@ -19,7 +19,7 @@ from .core import CHILD_NAME, PolyAttention
 from .families import attention_sites
 from .ownership import claim_configs, is_part_of_a_build, join_configs, own_configs, owner_of
 from .patched import active_child, bare_path, patched_layers, patched_modules, pretrained_model, require_patched
-from .saved_config import CONFIG_KEY, IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION, read_state
+from .saved_config import CONFIG_KEY, IMPLEMENTATION, IMPLEMENTATIONS, SAVED_IMPLEMENTATION, is_armed, read_state
 from .selection import new_child, why_not
 
 # Where a model keeps the `modules` of the config that it was built from; None if that was written by hand.
@@ -101,7 +101,7 @@ def attach_saved(model: PreTrainedModel) -> None:
     if state is None:
         armed_configs(model)  # a submodel may have come patched
         return
-    if _is_armed(model.config) and owner_of(model.config) not in set(model.modules()) and not is_part_of_a_build(model):
+    if is_armed(model.config) and owner_of(model.config) not in set(model.modules()) and not is_part_of_a_build(model):
         own_configs(model)  # it was another model's
         state = getattr(model.config, CONFIG_KEY)
     source = f"the config of {model.config.name_or_path or type(model).__name__}"
@@ -137,11 +137,11 @@ def attach_saved(model: PreTrainedModel) -> None:
             child = new_child(site, dataclasses.replace(config, spec=own, layer_specs=()))
             child._is_hf_initialized = not config.interval  # until something is loaded, which may never happen
             site.module.add_module(CHILD_NAME, child)
-    if not _is_armed(model.config) or owner_of(model.config) in set(model.modules()):
+    if not is_armed(model.config) or owner_of(model.config) in set(model.modules()):
         claim_configs(model)
     for owner in governing_configs(model):
         softmax = owner.config._attn_implementation
-        if softmax in IMPLEMENTATIONS and _is_armed(owner.config):  # a submodel came first
+        if softmax in IMPLEMENTATIONS and is_armed(owner.config):  # a submodel came first
             softmax = getattr(owner.config, CONFIG_KEY)["softmax_implementation"]
         elif softmax in IMPLEMENTATIONS:  # from a checkpoint, whose `attn_implementation` was consumed at load
             softmax = model.get_correct_attn_implementation(None)
@@ -190,10 +190,6 @@ def arm(owner: GoverningConfig, patch: PolyAttentionConfig, softmax_implementati
     setattr(owner.config, CONFIG_KEY, state)
     owner.config.attn_implementation = SAVED_IMPLEMENTATION
     owner.config._attn_implementation_internal = IMPLEMENTATION
-
-
-def _is_armed(config: PreTrainedConfig) -> bool:
-    return "attn_implementation" in vars(config)
 
 
 def disarm(config: PreTrainedConfig) -> None:

@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from ..errors import PatchError
 from ..ops.backends import check_name
 from ..spec import CALIBRATED, PolyAttentionConfig, Polynomial
+from .as_patched import forget_weights, note_weights
 from .core import CHILD_NAME, PolyAttention, is_patched
 from .description import table_of
 from .families import AttentionSite, attention_sites
 from .governing import arm, armed_configs, disarm, governing_configs
 from .ownership import own_configs
 from .patched import active_child, patched_modules, pretrained_model, require_in_memory, require_patched
+from .running import SOFTMAX_BLOCK
 from .saved_config import CONFIG_KEY
 from .selection import new_child, own_config, why_not
 from .threads import alone
@@ -92,6 +94,7 @@ def patch_model(
 
 def put_in(model: nn.Module, children: list[tuple[AttentionSite, PolyAttention]], config: PolyAttentionConfig) -> None:
     """Gives attention modules of a softmax model, or of the one inside of a wrapper, their polynomials."""
+    note_weights(pretrained_model(model))
     for site, child in children:
         site.module.add_module(CHILD_NAME, child)
     own_configs(model)
@@ -112,6 +115,7 @@ def unpatch_model(model: AnyModule) -> AnyModule:
         del module._modules[CHILD_NAME]
     for owner in owners:
         disarm(owner.config)
+    forget_weights(root)
     return model
 
 
@@ -125,7 +129,7 @@ def softmax_attention(model: nn.Module) -> Iterator[None]:
     """
     root = pretrained_model(model)
     require_patched(root)
-    with alone(root, "softmax_attention"):
+    with alone(root, SOFTMAX_BLOCK):
         configs = [owner.config for owner in armed_configs(root)]
         before = [config._attn_implementation for config in configs]
         try:
@@ -197,6 +201,18 @@ def _require_same(root: PreTrainedModel, sites: list[AttentionSite], config: Pol
                 continue
         if (asked or current) is not None:
             raise PatchError(
-                f"{type(root).__name__} is already patched, at {site.path!r} with {current or 'softmax'}; asked for "
-                f"{asked or 'softmax'}. Call unpatch_model(model) first, or patch with the same config."
+                f"{type(root).__name__} is already patched, at {site.path!r} with {_difference(current, asked)}; asked "
+                f"for {_difference(asked, current)}. Call unpatch_model(model) first, or patch with the same config."
             )
+
+
+def _difference(config: PolyAttentionConfig | None, other: PolyAttentionConfig | None) -> str:
+    """Returns what to say of a module's config beside another: its spec and, if that is the same, what differs."""
+    if config is None:
+        return "softmax"
+    if other is None or config.spec != other.spec:
+        return str(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    differing = [name for name in names if getattr(config, name) != getattr(other, name)]
+    differing = [name for name in differing if name not in CALIBRATED] or differing
+    return f"{config} and {', '.join(f'{name}={getattr(config, name)!r}' for name in differing)}"

@@ -64,7 +64,12 @@ class RelativePolynomial(nn.Module):
     def changed_coefficients(self) -> Tensor:
         """Returns the coefficients of p, c + δA, (H, P + 1) or (1, P + 1): c to the bit where δ is 0."""
         # no matrix product, which autocast and TF32 would round
-        return self.coefficients + (self.delta.unsqueeze(-1) * self.directions).sum(-2)
+        return fixed(self.coefficients) + (self.delta.unsqueeze(-1) * fixed(self.directions)).sum(-2)
+
+
+def fixed(parameter: Tensor) -> Tensor:
+    """Returns what calibration alone sets, without a gradient, though somebody may ask for one (`requires_grad_`)."""
+    return parameter.detach() if parameter.requires_grad else parameter
 
 
 def relative_directions(coefficients: Tensor, spec: Polynomial) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..ops.call import ROW_EXPONENTS
 from ..ops.centers import MomentWeights
 from ..spec import PolyAttentionConfig, Polynomial
-from .relative import RelativePolynomial
+from .relative import RelativePolynomial, fixed
 
 #: The features that are not squares of queries.
 FEATURES = ("m", "v", "m²", "m v", "v²", "v³", "log n", "1/n")
@@ -105,18 +105,19 @@ class MomentShift(nn.Module):
 
     def weighed(self, alpha: float) -> MomentWeights:
         """Returns what `forward` weighs by, as the fused kernel takes it."""
-        weights = self.weights / self.scales
+        weights = self.weights / fixed(self.scales)
         fewest, most = self.lengths.tolist()
         return MomentWeights(weights, self.means, self.length_shift, self.squares, (fewest, most), alpha)
 
     def forward(self, query: Tensor, mean: Tensor, variance: Tensor, count: Tensor, alpha: float) -> Tensor:
         """Returns what is added to the linear shift, (B, H, Tq); `query` comes scaled, in the dtype of the moments."""
         dtype = mean.dtype
-        known = count.to(dtype).clamp(self.lengths[0], self.lengths[1])
-        standard = features(query, mean, variance, known, self.squares.to(dtype)) - self.means.to(dtype)[:, None]
-        learned = (standard * (self.weights / self.scales).to(dtype)[:, None]).sum(-1)
+        means, scales, lengths = fixed(self.means), fixed(self.scales), fixed(self.lengths)
+        known = count.to(dtype).clamp(lengths[0], lengths[1])
+        standard = features(query, mean, variance, known, self.squares.to(dtype)) - means.to(dtype)[:, None]
+        learned = (standard * (self.weights / scales).to(dtype)[:, None]).sum(-1)
         by_length = torch.linalg.vecdot(query, self.length_shift.to(dtype)[:, None])
-        away = known.log() - self.means[:, None, _LOG_N].to(dtype)
+        away = known.log() - means[:, None, _LOG_N].to(dtype)
         shift: Tensor = prior(mean, variance, count, alpha) + learned + away * by_length
         return shift
 

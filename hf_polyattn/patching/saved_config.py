@@ -14,7 +14,7 @@ from functools import wraps
 from reprlib import repr as short
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import PatchError, SpecError
 from ..spec import PolyAttentionConfig, Polynomial
 
 CONFIG_KEY = "polyattn_config"
@@ -60,12 +60,12 @@ def read_state(state: Any, source: str) -> PolyAttentionConfig:
 def install_on_configs(configuration_utils: Any) -> None:
     """Checks `polyattn_config` where Transformers reads config.json: whole, within limits, and naming the file.
 
-    And lets configs of polynomial models say `output_attentions`, which Transformers has for "eager" only, and take
-    `attn_implementation=None` for what it says, nothing.
+    And lets configs of polynomial models say `output_attentions`, which Transformers has for "eager" only, take
+    `attn_implementation=None` for what it says, nothing, and refuse to be set to another attention than they have.
     """
     config_class = configuration_utils.PreTrainedConfig
     _allow_output_attentions(config_class)
-    _allow_none(config_class)
+    _guard_implementation(config_class)
     read = config_class._dict_from_json_file.__func__
 
     @wraps(read)
@@ -109,10 +109,14 @@ def _allow_output_attentions(config_class: Any) -> None:
         validators[:] = [validate_with_polyattn if one is validate else one for one in validators]
 
 
-def _allow_none(config_class: Any) -> None:
+def _guard_implementation(config_class: Any) -> None:
     implementation, from_dict = config_class._attn_implementation, config_class.from_dict.__func__
 
     def set_implementation(self: Any, value: Any) -> None:
+        for config, asked in _requests(self, value):
+            polynomial = is_armed(config) and config._attn_implementation in IMPLEMENTATIONS
+            if polynomial and asked is not None and asked not in IMPLEMENTATIONS:
+                raise PatchError(refusal(f"the model of this {type(config).__name__}", asked))
         if value is not None or getattr(self, "_attn_implementation_internal", None) not in IMPLEMENTATIONS:
             implementation.fset(self, value)
 
@@ -124,6 +128,18 @@ def _allow_none(config_class: Any) -> None:
 
     config_class._attn_implementation = implementation.setter(set_implementation)
     config_class.from_dict = classmethod(from_dict_with_polyattn)  # type: ignore[arg-type]
+
+
+def _requests(config: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields what setting `_attn_implementation` asks of a config and of each one inside."""
+    if not isinstance(value, dict):
+        yield config, value
+    elif "" in value:
+        yield config, value[""]
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None and (not isinstance(value, dict) or name in value):
+            yield from _requests(inner, value[name] if isinstance(value, dict) else value)
 
 
 def _read(state: Any) -> PolyAttentionConfig:
@@ -180,6 +196,19 @@ def _walk(value: Any) -> Iterator[tuple[Any, int]]:
             waiting += [(inner, depth + 1) for pair in value.items() for inner in pair]
         elif isinstance(value, (list, tuple)):
             waiting += [(inner, depth + 1) for inner in value]
+
+
+def is_armed(config: Any) -> bool:
+    """Whether a config is of a patched model; one that was only read from a checkpoint is not yet."""
+    return "attn_implementation" in vars(config)
+
+
+def refusal(of: str, asked: Any) -> str:
+    """Returns why what has polynomial attention does not take another one: the one rule of softmax on request."""
+    return (
+        f"{of} has polynomial attention, and attn_implementation {asked!r} was asked for. Call unpatch_model(model) "
+        "first, after which it is free, or use softmax_attention(model) for a while."
+    )
 
 
 def mentions_polyattn(json_file: str | os.PathLike[str]) -> bool:

@@ -58,6 +58,12 @@ def alone(root: PreTrainedModel, doing: str) -> Iterator[None]:
                     _OWNERS[module] = owner
 
 
+def is_doing(root: PreTrainedModel, doing: str) -> bool:
+    """Whether this thread has a model in `alone` for such a thing."""
+    me = threading.get_ident()
+    return any(_OWNERS.get(module) == (me, doing) for module in root.modules() if CHILD_NAME in module._modules)
+
+
 class _Guard:
     """A forward hook that refuses every thread but one."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Literal
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
+from transformers.utils import logging
 
 from hf_polyattn import InputError, Polynomial
 
@@ -109,6 +111,9 @@ class FinetuningArguments(TrainingArguments):
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # bf16 asks for it
         super().__post_init__()
+        if not sys.stderr.isatty():  # a log, where each step of a bar is a line
+            self.disable_tqdm = True
+            logging.disable_progress_bar()
         # Each process reads its own rows of a stream: collated batches differ in length and cannot be cut up.
         self.accelerator_config.dispatch_batches = False
         if not self.model:

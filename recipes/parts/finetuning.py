@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, set_seed
 import hf_polyattn
 from hf_polyattn import DivergenceError, InputError, Monitor, MonitorCallback, PolyAttnError
 from hf_polyattn.adaptation.distillation import LEARNING_RATES
+from hf_polyattn.adaptation.training import evaluating
 
 from .adapters import add_adapters, config_of_base
 from .adapting import adapt
@@ -255,16 +256,14 @@ class Arms:
             batch_size=self.arguments.per_device_eval_batch_size,
             collate_fn=self.task.collate,
         )
-        loader, rows, training = self.accelerator.prepare_data_loader(loader), [], model.training
-        model.eval()
+        loader, rows = self.accelerator.prepare_data_loader(loader), []
         for batch in tqdm(loader, desc="measure", disable=not self.main or self.arguments.disable_tqdm, leave=False):
             # bfloat16 would blur the distance from softmax, which is all that is measured without labels.
-            with self.accelerator.autocast() if self.task.labelled else nullcontext():
+            with evaluating(model), self.accelerator.autocast() if self.task.labelled else nullcontext():
                 found = self.task.predict(model(**batch), batch).float()
                 if self.task.generate is not None:
                     found = torch.cat([found, self.task.generate(model, batch).float()], dim=1)
             rows.append(self.accelerator.gather_for_metrics(found).cpu())
-        model.train(training)
         return torch.cat(rows)
 
     def measure_stage(self, stages: dict[str, Any], name: str, model: PreTrainedModel) -> None:

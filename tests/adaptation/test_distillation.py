@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 from hf_polyattn import InputError, PatchError, PolyAttentionConfig, patch_model, softmax_attention, unpatch_model
-from hf_polyattn.adaptation.distillation import distill
+from hf_polyattn.adaptation.distillation import distill, divergence_from
 from hf_polyattn.adaptation.training import _learning_rate, param_groups
 from hf_polyattn.errors import TrainingError
 from hf_polyattn.patching.core import PolyAttention
@@ -110,8 +110,10 @@ def test_copied_teacher_is_the_softmax_model(
 
 def test_student_that_equals_its_teacher_has_no_loss(softmax: PreTrainedModel, batches: list[Batch]) -> None:
     student = patch_model(copy.deepcopy(softmax), "poly2-l1")
-    with softmax_attention(student):
-        assert distill(student, batches, steps=1, lr=0.0, progress=False).losses[0] < 1e-9
+    with softmax_attention(student), torch.no_grad():
+        assert divergence_from(softmax.eval(), student.eval(), batches[0]) < 1e-9
+        with pytest.raises(PatchError, match=r"inside of softmax_attention\(model\)"):
+            distill(student, batches, steps=1, lr=0.0, progress=False)
     assert distill(student, batches, steps=1, lr=0.0, progress=False).losses[0] > 0.1
 
 

@@ -79,3 +79,19 @@ def test_backend_asked_for_by_name_never_falls_back() -> None:
 def test_auto_takes_the_chunked_backend() -> None:
     assert "GeneratedBackward" in type(polynomial_attention(*operands()).grad_fn).__name__
     assert "GeneratedBackward" not in type(polynomial_attention(*operands(), backend="reference").grad_fn).__name__
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, float("nan")])
+def test_a_radius_in_a_tensor_must_be_positive_too(number: float) -> None:
+    query, key, value = torch.randn(3, 1, 2, 5, 8).unbind()
+    coefficients, radius = torch.ones(2, 4), torch.tensor([1.0, number])
+    with pytest.raises(InputError, match="radius must be positive"):
+        polynomial_attention(query, key, value, coefficients, radius=radius)
+    radius.requires_grad_(True)
+    with pytest.raises(InputError, match="radius must be positive"):
+        polynomial_attention(query, key, value, coefficients, radius=radius, backend="reference")
+    assert (
+        polynomial_attention(query, key, value, coefficients, radius=radius.detach().nan_to_num(1.0).clamp(min=0.1))[0]
+        .isfinite()
+        .all()
+    )

@@ -125,3 +125,23 @@ def test_a_reloaded_model_takes_a_second_step_under_ddp(
         dist.destroy_process_group()
     got = {name for _, layer in patched_layers(wrapped) for name, p in layer.named_parameters() if p.grad is not None}
     assert got == expected
+
+
+@pytest.mark.parametrize("spec", ["poly3", "poly3~1"])
+def test_what_calibration_sets_gets_no_gradient_from_anybody(spec: str, pretrained: Any, batch: Any) -> None:
+    inputs = batch("llama")
+    model = hp.patch_model(pretrained("llama", "AutoModelForCausalLM", num_hidden_layers=1), spec).train()
+    hp.calibrate(model, [inputs], row_shift="moments", progress=False)
+    (child,) = [child for _, child in patched_layers(model)]
+    fixed = [name for name, p in child.named_parameters() if not p.requires_grad]
+    assert {"coefficients", "directions", "radius", "moments.means", "moments.scales", "moments.lengths"} <= {*fixed}
+    before = {name: p.detach().clone() for name, p in child.named_parameters()}
+    for parameter in child.parameters():
+        parameter.requires_grad_(True)  # after `train`, which would take it back
+    optimizer = torch.optim.AdamW(child.parameters(), lr=1e-2, weight_decay=0.0)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    # center and radius of a refinement's interval are `PolyAttention.forward`'s to fix
+    looked_at = [name for name in fixed if not name.startswith("refinements") or "coefficients" in name]
+    assert [name for name in looked_at if not torch.equal(child.get_parameter(name), before[name])] == []
+    assert not torch.equal(child.delta, before["delta"])
