@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from lengths import blocks
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import StaticCache
 
 import hf_polyattn as hp
 from hf_polyattn.adaptation.crops import with_crops
@@ -147,6 +150,25 @@ def test_far_outside_a_forward_pass_warns_once(spec: str, pretrained: Any, long_
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         hp.unpatch_model(fresh)(**blocks("test", 300, 1))
+
+
+def test_padding_and_the_room_of_a_static_cache_are_no_length(pretrained: Any, long_texts: Any, batch: Any) -> None:
+    model = hp.patch_model(pretrained("minilm", num_hidden_layers=1), "poly3")
+    hp.calibrate(model, [blocks("validation", 32, 2)], row_shift="linear", progress=False)
+    tokens = F.pad(blocks("test", 60, 2)["input_ids"], (0, 340))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=tokens, attention_mask=(torch.arange(400) < 60).expand(2, -1).long())
+    with torch.no_grad(), pytest.warns(UserWarning, match="65 keys, but this model was calibrated on rows of 16 to 32"):
+        model(input_ids=tokens, attention_mask=(torch.arange(400) < 65).expand(2, -1).long())
+
+    decoder = hp.patch_model(pretrained("gpt2-zinc", "AutoModelForCausalLM", num_hidden_layers=1), "poly3")
+    hp.calibrate(decoder, [batch("gpt2-zinc")], row_shift="linear", progress=False)
+    most = patched_layers(decoder)[0][1].config.lengths[1]
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*calibrated on rows of.*")
+        decoder(torch.arange(5)[None], **{name: StaticCache(decoder.config, max_cache_len=4 * most)})
 
 
 def test_lengths_are_told(calibrated: Any, tmp_path: Path) -> None:
