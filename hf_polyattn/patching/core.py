@@ -111,7 +111,8 @@ class PolyAttention(ConfiguredPolynomial):
             )
         if not is_recorded(key):
             self._warn_of_length(query, key, pattern)
-            if self.coefficients.requires_grad:  # a model's `requires_grad_(True)`
+            c = self.coefficients
+            if c.requires_grad and c.is_leaf and not is_transformed(c):  # a model's `requires_grad_(True)` reached it
                 self.freeze_unused()
         center: Tensor | float = self.center if config.interval else 0.0
         if config.row_shift != "none" or self.refinements:
