@@ -25,7 +25,9 @@ def bench(
     backend: Annotated[str, typer.Option(help=f"Of the operator: auto, {', '.join(BACKENDS)}.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 7,
     output: Annotated[Path, typer.Option(help="Folder of bench.json and bench.png.")] = Path("outputs/bench"),
-    part: Annotated[list[str] | None, typer.Option(help="operator, models, decode or memory; default: all four.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="operator, models, decode or memory; default: all four.")
+    ] = None,
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
     redraw: Annotated[
         Path | None, typer.Option(help="Time nothing: draw the picture of this bench.json again, beside it.")
