@@ -150,24 +150,15 @@ def count_visible(
     return (high - low).clamp(min=1).expand(*(1,) * (3 - high.dim()), *high.shape)
 
 
-def longest_visible(
-    queries: int,
-    keys: int,
-    device: torch.device,
-    *,
-    mask: Tensor | None = None,
-    ranges: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-) -> int:
+def longest_visible(queries: int, keys: int, device: torch.device, **pattern: Any) -> int:
     """Returns the most keys that any query row sees: how long a padded batch, or what is in a static cache, really is.
 
     With a mask, ranges or a window it looks at values, for which a GPU is waited: it is for calls that seem to be too
-    long, and not for what is recorded. Arguments are those of `polynomial_attention`.
+    long, and not for what is recorded. Arguments are those of `count_visible`.
     """
-    if mask is None and ranges is None and window is None:
-        return min(keys, queries) if causal else keys
-    count = count_visible(queries, keys, device, mask=mask, ranges=ranges, causal=causal, window=window)
+    if all(pattern.get(name) is None for name in ("mask", "ranges", "window")):
+        return min(keys, queries) if pattern.get("causal") else keys
+    count = count_visible(queries, keys, device, **pattern)
     return int(count.max()) if count.numel() > 0 else 0
 
 
