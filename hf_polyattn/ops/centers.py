@@ -16,7 +16,7 @@ from . import backends
 from .checks import check_masks
 from .modes import autocast_inputs, is_differentiated, is_plain, refuse_second_derivatives
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Beyond so many rows that see different keys, matrix products of whole chunks are faster than the kernel.
 LONGEST = 512
 _SHARING = 8  # rows a key head from which on the kernel has gradients: kSharing of csrc/shift.h
@@ -72,7 +72,7 @@ def fused_centers(
     Raises:
         InputError: ranges that do not fit.
     """
-    if query.device.type != "cpu" or mask is not None or backend not in ("auto", "cpu"):
+    if mask is not None or not may_take_kernel(query, backend):
         return None
     query, key = autocast_inputs(query, key)
     tensors = (query, key, center, key_shift, *parameters)
@@ -81,13 +81,12 @@ def fused_centers(
     differentiated = is_differentiated(*tensors)
     if differentiated and weigh is not None and query.shape[1] * query.shape[2] < _SHARING * key.shape[1]:
         return None
-    if backends.INTERPRETED or not backends.BACKENDS["cpu"].usable():
-        return None
     if weigh is not None:
-        differ = causal or window is not None or (ranges is not None and ranges.shape[1] > 1)
-        if differ and query.shape[2] > LONGEST:
+        if query.shape[2] > LONGEST and rows_differ(ranges, causal, window):
             return None
         check_masks(None, ranges, query, key.shape[2])
+    if not backends.BACKENDS["cpu"].usable():
+        return None
     moments = None if weigh is None else weigh()
     pattern = (ranges, causal, window, scaling)
     found: Tensor
@@ -97,6 +96,16 @@ def fused_centers(
     else:
         found = backends.BACKENDS["cpu"].load().row_centers(query, key, center, key_shift, moments, *pattern)
     return found
+
+
+def may_take_kernel(query: Tensor, backend: str) -> bool:
+    """Whether a call goes to the kernels of backend `cpu`, if they can be built."""
+    return query.device.type == "cpu" and backend in ("auto", "cpu") and not backends.INTERPRETED
+
+
+def rows_differ(ranges: Tensor | None, causal: bool, window: int | None) -> bool:
+    """Whether query rows may see other keys than one another."""
+    return causal or window is not None or (ranges is not None and ranges.shape[1] > 1)
 
 
 class _Centers(torch.autograd.Function):
@@ -127,7 +136,7 @@ class _Centers(torch.autograd.Function):
 
 def _fits(query: Tensor, key: Tensor, key_shift: Tensor) -> bool:
     """Whether there is nothing that the operator will refuse, and explain."""
-    if query.dtype not in _DTYPES or query.dtype != key.dtype or not query.dim() == key.dim() == 4:
+    if query.dtype not in DTYPES or query.dtype != key.dtype or not query.dim() == key.dim() == 4:
         return False
     same = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3] and query.shape[1::2] == key_shift.shape
     return same and key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..spec import MAX_DEGREE, NORMALIZERS, POWERS
-from .backends import is_traced
 from .call import compute_dtype
-from .modes import is_transformed
+from .modes import is_transformed, is_watched
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -148,9 +147,9 @@ def radius_of_heads(radius: float | Tensor, query: Tensor) -> Tensor | None:
 
 def _can_be_read(tensor: Tensor) -> bool:
     """Whether looking at a tensor's values waits for no device, and nobody records or transforms what runs."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or is_traced() or is_transformed(tensor):
+    if tensor.device.type != "cpu" or is_watched() or is_transformed(tensor):
         return False
-    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _per_head(number: float, query: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .centers import LONGEST
+from .centers import DTYPES, LONGEST, may_take_kernel, rows_differ
 from .checks import check_masks
 from .modes import autocast_inputs, runs_at_once
 
 _KEPT = 1024  # keys of rows whose scores the kernel keeps: kKeptKeys of csrc/layer.h
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: The tensors of a polynomial, of the moments of a row shift and of a refinement, in the order of `csrc/layer.cpp`.
 POLYNOMIAL = ("coefficients", "delta", "directions", "center", "radius")
@@ -62,18 +61,17 @@ def fused_layer(
     Raises:
         InputError: a mask or ranges that do not fit.
     """
-    if query.device.type != "cpu" or backend not in ("auto", "cpu") or (shift and mask is not None):
+    if (shift and mask is not None) or not may_take_kernel(query, backend):
         return None
     query, key, value = autocast_inputs(query, key, value)
     if not runs_at_once(query, key, value, *polynomial, *shift, *refinements) or not _fits(query, key, value):
         return None
     q_len, k_len = query.shape[2], key.shape[2]
-    differ = causal or window is not None or (ranges is not None and ranges.shape[1] > 1)
-    if len(shift) > 1 and differ and q_len > LONGEST and k_len > _KEPT:
+    if len(shift) > 1 and q_len > LONGEST and k_len > _KEPT and rows_differ(ranges, causal, window):
         return None
     if mask is not None or ranges is not None:
         check_masks(mask, ranges, query, k_len)
-    if backends.INTERPRETED or not backends.BACKENDS["cpu"].usable():
+    if not backends.BACKENDS["cpu"].usable():
         return None
     output: Tensor = torch.ops.polyattn_cpu.layer(
         query, key, value, polynomial, shift, refinements, mask, ranges, causal, window, scaling,
@@ -85,7 +83,7 @@ def fused_layer(
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there is nothing that the operator will refuse, and explain."""
     q, k, v = query.shape, key.shape, value.shape
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype or not len(q) == len(k) == len(v) == 4:
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype or not len(q) == len(k) == len(v) == 4:
         return False
     if not query.device == key.device == value.device:
         return False

@@ -58,9 +58,14 @@ def _function_transform() -> str | None:
     return f"torch.func.{torch._C._functorch.peek_interpreter_stack().key().name.lower()}"
 
 
+def is_watched() -> bool:
+    """Whether a compiler, a tracer or a dispatch mode is there to see what runs."""
+    return torch.compiler.is_compiling() or backends.is_traced() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_plain(*operands: Tensor | None) -> bool:
     """Whether nobody but autograd sees an operator: no tracer, transform, dispatch mode or tensor subclass."""
-    if torch.compiler.is_compiling() or backends.is_traced() or torch._C._len_torch_dispatch_stack() > 0:
+    if is_watched():
         return False
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False

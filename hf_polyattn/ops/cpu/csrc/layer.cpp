@@ -1,6 +1,5 @@
 // The whole forward pass of an attention module.
 
-#include "arguments.h"
 #include "layer.h"
 
 #include <ATen/ops/empty_like.h>
@@ -14,15 +13,6 @@ namespace {
 enum PolynomialTensors : int64_t { kCoefficients, kDelta, kBasis, kCenter, kRadius, kPolynomialTensors };
 enum ShiftTensors : int64_t { kMu, kWeights, kMeans, kScales, kNu, kSquares, kLengths, kShiftTensors };
 enum RefinementTensors : int64_t { kStep = kPolynomialTensors, kRefinementTensors };
-
-Tensor centers_of(const Shift& shift) {
-  const auto options = shift.query.options().dtype(at::kFloat);
-  const Tensor found = at::empty({shift.batch, shift.heads, shift.q_len}, options);
-  dispatch(shift.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
-    row_centers<scalar_t>(shift, found.mutable_data_ptr<float>());
-  });
-  return found;
-}
 
 Tensor plain(const Tensor& tensor) {
   const bool is = tensor.scalar_type() == at::kFloat && tensor.is_contiguous();

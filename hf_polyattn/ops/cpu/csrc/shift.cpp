@@ -1,9 +1,7 @@
 // The centers of rows, and their gradients.
 
-#include "arguments.h"
 #include "shift_gradients.h"
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 namespace polyattn {
@@ -11,13 +9,7 @@ namespace {
 
 template <typename... Arguments>
 Tensor centers(const Arguments&... arguments) {
-  const Shift shift = make_shift(arguments...);
-  const auto options = shift.query.options().dtype(at::kFloat);
-  const Tensor found = at::empty({shift.batch, shift.heads, shift.q_len}, options);
-  dispatch(shift.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
-    row_centers<scalar_t>(shift, found.mutable_data_ptr<float>());
-  });
-  return found;
+  return centers_of(make_shift(arguments...));
 }
 
 // Returns the gradients of query, key, center, key shift, weights, length shift and directions, the last three empty

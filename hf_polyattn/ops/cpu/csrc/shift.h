@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "call.h"
+#include "arguments.h"
 
 #include <vector>
 
@@ -295,6 +295,15 @@ void row_centers(const Shift& shift, float* centers) {
       [&](int64_t task, int) {
         shift_group<scalar_t>(shift, queries, keys, task / shift.groups, task % shift.groups, centers);
       });
+}
+
+inline Tensor centers_of(const Shift& shift) {
+  const auto options = shift.query.options().dtype(at::kFloat);
+  const Tensor found = at::empty({shift.batch, shift.heads, shift.q_len}, options);
+  dispatch(shift.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
+    row_centers<scalar_t>(shift, found.mutable_data_ptr<float>());
+  });
+  return found;
 }
 
 }  // namespace
