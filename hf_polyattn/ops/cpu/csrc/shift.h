@@ -33,9 +33,10 @@ struct Shift {
 };
 
 inline Shift make_shift(const Tensor& query, const Tensor& key, const Tensor& center, const Tensor& key_shift,
-                 const optional<Tensor>& weights, const optional<Tensor>& means, const optional<Tensor>& length_shift,
-                 const optional<Tensor>& directions, const optional<Tensor>& ranges, bool causal,
-                 optional<int64_t> window, double scaling, double alpha, double fewest, double most) {
+                        const optional<Tensor>& weights, const optional<Tensor>& means,
+                        const optional<Tensor>& length_shift, const optional<Tensor>& directions,
+                        const optional<Tensor>& ranges, bool causal, optional<int64_t> window, double scaling,
+                        double alpha, double fewest, double most) {
   return {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3),
           directions ? directions->size(1) : 0, query, key, View<float>(center), View<float>(key_shift),
           View<float>(weights), View<float>(means), View<float>(length_shift), View<float>(directions),
