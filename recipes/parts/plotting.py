@@ -11,14 +11,16 @@ from hf_polyattn.figures.style import INK, SERIES, canvas, color_of, legend_belo
 
 @styled
 def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
-    """Draws, for each spec, how far its quality is from softmax's at each stage and what it costs, as a PNG.
+    """Draws, for each spec, how far its quality is from softmax's at each stage and, if timed, its cost, as a PNG.
 
     Args:
         specs: the arms of all_results.json.
         quality: the measure to draw; softmax has the value that it should reach.
         path: of the PNG file.
     """
-    figure, ((left, right),) = canvas(1, 2, 10.5, 4.2, width_ratios=(3, 2))
+    finals = {spec: result["stages"]["finetuned"] for spec, result in specs.items()}
+    timed = all("latency_ms" in values for values in finals.values())
+    figure, ((left, *others),) = canvas(1, 2, 10.5, 4.2, width_ratios=(3, 2)) if timed else canvas(1, 1, 7.0, 4.2)
     for number, (spec, result) in enumerate(specs.items()):
         stages = {name: values for name, values in result["stages"].items() if name != "softmax"}
         goal = result["stages"]["softmax"][quality]
@@ -26,15 +28,14 @@ def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
         left.plot(list(stages), distances, "o-", color=color_of(number), label=spec)
     left.set(title="Quality: lower is closer to softmax", yscale="log", ylabel=f"|softmax − model| in {quality}")
     legend_below(figure, left)
-
-    finals = {spec: result["stages"]["finetuned"] for spec, result in specs.items()}
-    ratios = [values["latency_ms"] / values["softmax_latency_ms"] for values in finals.values()]
-    bars = right.bar(list(finals), ratios, 0.6, color=[color_of(number) for number in range(len(finals))])
-    right.bar_label(bars, fmt="%.2f", padding=3)
-    right.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
-    right.set(title="Cost: 1 is softmax, lower is faster", ylabel="time / time of softmax")
-    right.margins(y=0.14)
-    right.grid(visible=False, axis="x")
+    for right in others:
+        ratios = [values["latency_ms"] / values["softmax_latency_ms"] for values in finals.values()]
+        bars = right.bar(list(finals), ratios, 0.6, color=[color_of(number) for number in range(len(finals))])
+        right.bar_label(bars, fmt="%.2f", padding=3)
+        right.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
+        right.set(title="Cost: 1 is softmax, lower is faster", ylabel="time / time of softmax")
+        right.margins(y=0.14)
+        right.grid(visible=False, axis="x")
     save(figure, path)
 
 

@@ -47,7 +47,7 @@ def card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         table += "\n\n" + curves(name, row, data["curves"])
     measured = (
         f"{row['metric_meaning']}: mean of {seeds} seeds on held-out data, ± half the range between them. Every "
-        f"trained arm had the same budget:\n{row['budget']}."
+        f"trained arm had the same budget:\n{row['budget']}, on {devices(data)}."
     )
     if CONTROL in summary:
         measured += " What was wanted is against the control."
@@ -70,6 +70,13 @@ def card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
             repository="<the arm's model folder>",
         )
     )
+
+
+def devices(data: Mapping[str, Any]) -> str:
+    """Returns what the runs of a row ran on."""
+    found = [run["device"] for runs in data["runs"].values() for run in runs if "device" in run]
+    names = {one["name"] if one["type"] == "cuda" else f"a CPU ({one['name']})" for one in found}
+    return " and ".join(sorted(names)) or "a device that is not known"
 
 
 def curves(name: str, row: Mapping[str, Any], points: Mapping[str, list[tuple[int, float]]]) -> str:

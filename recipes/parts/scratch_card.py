@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_polyattn.hub.card_template import fill_template, markdown_table
 
-from .row_card import CONTROL, change, metadata, words
+from .row_card import CONTROL, change, devices, metadata, words
 
 NORMS = ("attention_norm", "jacobian_norm")  # of `hf_polyattn.Monitor`
 CLAIM = (
@@ -57,7 +57,7 @@ def scratch_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> 
     measured = [
         f"{row['metric_meaning']}: mean over the seeds on held-out data, ± half the range between them. Every arm "
         "started from the weights that softmax started from with its seed, saw the same examples in the same order and "
-        f"had the same budget: {row['budget']}.",
+        f"had the same budget: {row['budget']}, on {devices(data)}.",
         budget(name, data),
         claim(row, data),
         f"{CLAIM} The norms are of the layer and the head where they are largest, in units of √N, estimated on a few "

@@ -73,7 +73,7 @@ def measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     commands: list[list[str]] = []
     module.commands = commands  # type: ignore[attr-defined]
 
-    def run(command: list[str]) -> None:
+    def run(command: list[str], gpu: bool) -> None:
         commands.append(command)
         monkeypatch.setattr(sys, "argv", command[1:])
         AcceleratorState._reset_state(reset_partial_state=True)

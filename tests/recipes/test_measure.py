@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import platform
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +32,12 @@ def test_card_says_what_the_runs_wrote(
     rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
     row = rows["gpt2-zinc-0.5m"]
     row["words"] |= SHORT
-    del row["arms"]["normalised"]
-    row["arms"]["paper"]["words"] |= {"align_steps": 1, "layer_steps": 1}
-    row["curve"] = {"arms": ["control", "paper"], "words": {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}}
+    row["arms"] = {arm: own for arm, own in row["arms"].items() if arm in ("control", "lossless", "aligned", "bare")}
+    row["arms"]["aligned"]["words"] |= {"align_steps": 1, "layer_steps": 1}
+    row["curve"] = {
+        "arms": ["control", "aligned"],
+        "words": {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2},
+    }
     monkeypatch.setattr(measure, "yaml", SimpleNamespace(safe_load=lambda text: rows))  # not that of model cards
     words = ["--checkpoints", str(shared("checkpoints")), "--datasets", str(shared("datasets")), "--seeds", "0", "1"]
     words += ["--outputs", str(tmp_path / "runs")]
@@ -40,7 +45,7 @@ def test_card_says_what_the_runs_wrote(
         monkeypatch.setattr(sys, "argv", ["measure.py", "gpt2-zinc-0.5m", *words])
         measure.main()
 
-    assert len(measure.commands) == 2 * 3 + 1 + 2  # the arm that is not trained has one seed, as have curves
+    assert len(measure.commands) == 2 * 2 + 1 + 1 + 2  # what is not trained has one seed, as have `bare` and curves
     written = json.loads((tmp_path / "cards/gpt2-zinc-0.5m.json").read_text())
     card = (tmp_path / "cards/gpt2-zinc-0.5m.md").read_text()
     for arm, own in written["summary"].items():
@@ -50,16 +55,17 @@ def test_card_says_what_the_runs_wrote(
     lossless, bare = (written["summary"][arm]["nll"]["mean"] for arm in ("lossless", "bare"))
     assert lossless == pytest.approx(written["published"]["nll"], rel=1e-3)
     assert bare > 2.0 * lossless
-    paper = next(iter(written["runs"]["paper"][0]["arms"].values()))
-    assert paper["spent"]["steps_before"] + paper["spent"]["steps"] == 3
+    aligned = next(iter(written["runs"]["aligned"][0]["arms"].values()))
+    assert aligned["spent"]["steps_before"] + aligned["spent"]["steps"] == 3
     tokens, values = zip(*written["curves"]["control"], strict=True)
     (control,) = written["runs"]["curve-control"][0]["arms"].values()
     assert (tokens[0], tokens[2], len(tokens)) == (0, control["spent"]["tokens"], 3)
     assert values[0] == written["published"]["nll"]
     assert values[2] == control["stages"]["finetuned"]["nll"] != values[1]
-    assert len(written["curves"]["paper"]) == 3  # at the end, too
-    assert written["curves"]["paper"][0][0] > 0  # alignment has spent some
-    assert written["summary"].keys() == {"control", "lossless", "paper", "bare"}
+    assert len(written["curves"]["aligned"]) == 3  # at the end, too
+    assert written["curves"]["aligned"][0][0] > 0  # alignment has spent some
+    assert written["summary"].keys() == {"control", "lossless", "aligned", "bare"}
+    assert f"without dropout, on a CPU ({platform.machine()})." in card
     assert (tmp_path / "cards/gpt2-zinc-0.5m.png").read_bytes().startswith(b"\x89PNG")
     assert "](gpt2-zinc-0.5m.png)" in card
     assert "{" not in card.replace("{#", "")
@@ -108,11 +114,41 @@ def test_arms_start_from_the_softmax_model_of_their_seed(
 ) -> None:
     row = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())[name]
     commands: list[list[str]] = []
-    monkeypatch.setattr(measure, "launch", commands.append)
-    arguments = argparse.Namespace(row="row", outputs=Path(), checkpoints=Path("all"), datasets=Path("data"))
+    monkeypatch.setattr(measure, "launch", lambda command, gpu: commands.append(command))
+    arguments = argparse.Namespace(row="row", outputs=Path(), checkpoints=Path("all"), datasets=Path("data"), gpu=False)
     measure.run(row, arm, 1, arguments)
     (command,) = commands
     assert command[command.index("--model") + 1] == model
+
+
+def test_jobs_run_at_once_after_what_they_start_from(
+    measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())["vit-tiny-patch16-224"]
+    barrier, done = threading.Barrier(2), []
+
+    def run(row: Any, arm: str, seed: int, arguments: argparse.Namespace) -> None:
+        barrier.wait(timeout=30)  # for the other of the two that run at once
+        done.append((arm, seed))
+
+    monkeypatch.setattr(measure, "run", run)
+    arguments = argparse.Namespace(
+        row="row", outputs=tmp_path / "runs", seeds=[4, 5], arms=["paper", "control", "start"], jobs=2, gpu=False
+    )
+    measure.measure(row, arguments)
+    assert [arm for arm, _ in done][:4] == ["start", "start", "control", "control"]
+    assert {(arm, seed) for arm, seed in done} == {(arm, seed) for arm in arguments.arms for seed in arguments.seeds}
+    assert not list((tmp_path / "cards").iterdir())  # no card while results are missing
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_runs_take_the_device_that_is_asked_for(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    launch = importlib.import_module("measure").launch
+    file = tmp_path / "seen"
+    words = f"import os, pathlib; pathlib.Path({str(file)!r}).write_text(os.environ['ACCELERATE_USE_CPU'])"
+    launch([sys.executable, "-c", words], gpu)
+    assert file.read_text() == ("false" if gpu else "true")
 
 
 @pytest.mark.parametrize(
