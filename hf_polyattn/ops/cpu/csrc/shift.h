@@ -10,7 +10,6 @@
 #include <vector>
 
 namespace polyattn {
-namespace {
 
 constexpr int64_t kFeatures = 8;  // m, v, m², m v, v², v³, log n, 1/n; squares of queries follow
 constexpr int64_t kLogN = 6;
@@ -29,6 +28,10 @@ struct Shift {
   optional<int64_t> window;
   float scaling, alpha, fewest, most;
 
+  // The number of a row's keys, held within the lengths of the calibration.
+  float known(int64_t count) const {
+    return std::min(std::max(static_cast<float>(std::max<int64_t>(1, count)), fewest), most);
+  }
   bool rows_see_the_same() const { return !causal && !window && (!ranges || ranges.strides[1] == 0); }
 };
 
@@ -43,6 +46,8 @@ inline Shift make_shift(const Tensor& query, const Tensor& key, const Tensor& ce
           View<int32_t>(ranges), causal, window, static_cast<float>(scaling), static_cast<float>(alpha),
           static_cast<float>(fewest), static_cast<float>(most)};
 }
+
+namespace {
 
 constexpr int64_t kSharing = 8;    // rows of a product that share what they load
 constexpr int64_t kBlockRows = 64;  // queries that are looked at together, a multiple of it
@@ -165,7 +170,7 @@ struct Matrix {
 // s_i less the key shift; `along` are the products of the row's scaled query with the columns of the matrix.
 inline float predicted(const Shift& shift, int64_t h, const float* along, Moments of, int64_t count) {
   const auto n = static_cast<float>(std::max<int64_t>(1, count));
-  const float known = std::min(std::max(n, shift.fewest), shift.most), log_known = std::log(known);
+  const float known = shift.known(count), log_known = std::log(known);
   const float m = of.mean, v = of.variance;
   const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, log_known, 1.0f / known};
   const float *weights = shift.weights(h, 0, 0), *means = shift.means(h, 0, 0);
