@@ -70,7 +70,7 @@ def fused_layer(
     Raises:
         InputError: a mask or ranges that do not fit.
     """
-    if (shift and mask is not None) or not may_take_kernel(query, backend):
+    if (mask is not None and (len(shift) > 1 or refinements)) or not may_take_kernel(query, backend):
         return None
     query, key, value = autocast_inputs(query, key, value)
     if not is_plain(query, key, value, *polynomial, *shift, *refinements) or not _fits(query, key, value):

@@ -32,11 +32,12 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
   const View<scalar_t> queries(call.query), all_keys(call.key), all_values(call.value);
   const Dropout dropout(call);
   const bool hides = static_cast<bool>(call.mask);
-  // Of every task: gradients of keys and values, and of the coefficients of its heads.
+  // Of every task: gradients of keys and values, and of the coefficients of its heads and of what moves their rows.
   const int64_t partial_size = call.k_len * (head_dim + value_dim);
   const bool alone = chunks.count == 1;  // else its gradients of keys and values wait for those of the other chunks
   const Buffer<float> partial(alone ? 0 : pairs * chunks.count * partial_size);
-  const int64_t heads = pairs * chunks.count * call.repeats(), shift_terms = gradients.shift.defined() ? gradients.shift.size(1) : 0;
+  const int64_t heads = pairs * chunks.count * call.repeats();
+  const int64_t shift_terms = moved ? gradients.shift.size(1) : 0;
   std::vector<double> grad_coefficients(heads * terms, 0.0);
   std::vector<float> grad_shift(heads * shift_terms, 0.0f);
 
@@ -138,7 +139,8 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
           const float slope = sums.slope()[i] - (follows ? deltas[i] * sums.magnitude()[i] : 0.0f);
           centers[i] = static_cast<float>(-slope / call.radius_of(block.head));
         }
-        if (moved) memory.moved->take(*moved, call, queries, block, centers, grad_shift.data() + own_head * shift_terms);
+        float* own_shift = grad_shift.data() + own_head * shift_terms;
+        if (moved) memory.moved->take(*moved, queries, block, centers, own_shift);
       };
       if (surveyed) {  // δ is exact only if it is the sum of the very numbers it meets
         for (int64_t start = first_key; start < block.all.stop; start += key_step) {

@@ -106,8 +106,8 @@ Vec slope_of(const Coefficients<P>& c, Vec raw, Vec t) {
   return slope;
 }
 
-// Adds what the gradients of the rows' centers are made of to the sums of its rows: Σ_j g_ij dw_ij/dt as their slope and,
-// for l1, Σ_j g_ij w_ij and Σ_j d|w_ij|/dt.
+// Adds what the gradients of the rows' centers are made of to the sums of its rows: Σ_j g_ij dw_ij/dt as their slope
+// and, for l1, Σ_j g_ij w_ij and Σ_j d|w_ij|/dt.
 template <typename mm_t, int P, bool kL1, bool kClamp>
 void survey(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
   const Coefficients<P> c(polynomial.coefficients);

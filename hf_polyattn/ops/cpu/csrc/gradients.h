@@ -39,7 +39,7 @@ struct MovedRows {
 Gradients differentiate(const Call& call, const Tensor& grad_output, const Tensor& row_scale, bool coefficients_grad,
                         const MovedRows* moved = nullptr);
 
-// Returns what gradients (B, H, Tq) of centers give: to query, key and parameters, (H, ParameterSums::count()); in shift.cpp.
+// Returns what gradients (B, H, Tq) of centers give query, key and parameters, (H, ParameterSums::count()); in shift.cpp.
 std::tuple<Tensor, Tensor, Tensor> centers_gradients(const Shift& shift, const Tensor& grad);
 
 }  // namespace polyattn

@@ -97,12 +97,12 @@ struct Rows {
   // The center of row i of head h, which is row n of the scores; `along` are the products of its scaled query with the
   // columns of a `Matrix`. It is kept, with the row's moments.
   float center(int64_t b, int64_t h, int64_t i, Range seen, const KeptScores& scores, int64_t n,
-               const float* along) const {
+               const float* along, Length& length) const {
     float found = *shift.center(h, 0, 0) + along[kKeyShift];
     const int64_t row = (b * call.heads + h) * call.q_len + i;
     if (moments) {
       const Moments own = scores.moments(n, seen, static_cast<float>(call.scaling));
-      found += predicted(shift, h, along, own, seen.stop - seen.start);
+      found += predicted(shift, h, along, own, length.of(shift, seen.stop - seen.start));
       if (kept.mean) {
         kept.mean[row] = own.mean;
         kept.variance[row] = own.variance;
@@ -124,7 +124,7 @@ struct Rows {
   }
 };
 
-// The output, without a mask.
+// The output. Where a mask hides keys, no row is moved by its scores.
 template <typename scalar_t, typename mm_t>
 void shifted_forward(const Call& call, const Shift& shift, const std::vector<Refinement>& refinements,
                      const Tensor& output, const Tensor& row_scale, const KeptRows& kept) {
@@ -140,13 +140,14 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
 
   struct Memory {
     Matrix matrix;
+    Length length;
     Buffer<mm_t> query, keys, key_rows, values, value_rows, weights;
     Buffer<float> scaled, along, scores, visible, kept, offsets, outputs, sums;
   };
   auto make = [&] {
     Matrix matrix(shift, false);
     const int64_t columns = matrix.columns;
-    return Memory{std::move(matrix), Buffer<mm_t>(chunks.step * depth), Buffer<mm_t>(depth * keys),
+    return Memory{std::move(matrix), Length(), Buffer<mm_t>(chunks.step * depth), Buffer<mm_t>(depth * keys),
                   Buffer<mm_t>(step * depth), Buffer<mm_t>(keys * width), Buffer<mm_t>(step * round_up(width, pack)),
                   Buffer<mm_t>(chunks.step * step), Buffer<float>(rows * dim), Buffer<float>(rows * columns),
                   Buffer<float>(chunks.step * keys), Buffer<float>(chunks.step * step),
@@ -196,7 +197,7 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
       const auto radius = static_cast<float>(call.radius_of(head));
       for (int64_t i = 0; i < block.rows; ++i) {
         const float center = of.center(entry, head, block.first + i, block.keys[i], scores, i,
-                                       memory.along + i * columns);
+                                       memory.along + i * columns, memory.length);
         memory.offsets[i] = -center / radius;
       }
 
@@ -206,7 +207,7 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const Range own{tile * step, std::min((tile + 1) * step, call.k_len)};
         if (!block.sees(own)) continue;
-        const bool whole = own.stop - own.start == step && block.sees_all(own);
+        const bool whole = !call.mask && own.stop - own.start == step && block.sees_all(own);
         if (!whole) fill_visible(call, block, own, step, step, 1, memory.visible);
         if (call.seed) fill_kept(call, dropout, block, own, step, step, 1, memory.kept);
         const ForwardTile<mm_t> part{block.rows, step, scores.row(tile, 0), memory.weights, memory.offsets,
@@ -243,6 +244,7 @@ void shifted_decode(Call call, const Shift& shift, const std::vector<Refinement>
       [&](int64_t pair, Matrix& matrix) {
         const int64_t b = pair / call.groups, g = pair % call.groups, dim = call.head_dim;
         const KeptScores kept{decoder.padded_rows, decoder.columns, decoder.parts, scores + pair * decoder.parts * tile};
+        Length length;
         std::vector<float> scaled(kSharing * dim), along(kSharing * matrix.columns);
         for (int64_t h = g * repeats; h < (g + 1) * repeats; ++h) {
           matrix.take_head(shift, h);
@@ -251,7 +253,7 @@ void shifted_decode(Call call, const Shift& shift, const std::vector<Refinement>
                                along.data());
           for (int64_t i = 0; i < q_len; ++i) {
             of.center(b, h, i, call.visible(b, i), kept, (h - g * repeats) * q_len + i,
-                      along.data() + i * matrix.columns);
+                      along.data() + i * matrix.columns, length);
           }
         }
       });

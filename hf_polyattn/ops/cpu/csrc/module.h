@@ -88,7 +88,7 @@ struct Refinement {
 };
 
 // A module's call. `shift` is empty where no row is moved, μ alone, or all of a shift by moments, which no mask may go
-// with; the polynomial's center and radius count under `interval`, the radius of a refinement always.
+// with, nor with refinements; the polynomial's center and radius count under `interval`, the radius of a refinement always.
 struct Module {
   at::TensorList polynomial, shift_tensors;
   Call call;
@@ -111,7 +111,8 @@ inline Module make_module(const Tensor& query, const Tensor& key, const Tensor& 
     module.kept.push_back(tensor);
     return tensor;
   };
-  const Tensor q = by_rows(query), k = by_rows(key), v = by_rows(value), coefficients = keep(changed(polynomial, heads));
+  const Tensor q = by_rows(query), k = by_rows(key), v = by_rows(value);
+  const Tensor coefficients = keep(changed(polynomial, heads));
   const Tensor center = keep(plain(polynomial[kCenter])), radius = keep(plain(polynomial[kRadius]));
   optional<Tensor> hidden, own_ranges, centers, own_radius;
   if (mask) hidden = keep(mask->expand({batch, heads, q_len, k_len}));
@@ -124,10 +125,11 @@ inline Module make_module(const Tensor& query, const Tensor& key, const Tensor& 
                           squarings, normalizer, clamp, is_monomial(coefficients), dropout);
   if (shift.empty()) return module;
 
-  TORCH_CHECK(!mask, "rows that a mask hides keys from are moved in PyTorch");
+  const bool moments = shift.size() == kShiftTensors;
+  TORCH_CHECK(!mask || !(moments || refinements.size() > 0), "rows of a mask are moved by their scores in PyTorch");
   optional<Tensor> weights, means, nu, squares;
   double fewest = 1.0, most = 1.0;
-  if (shift.size() == kShiftTensors) {
+  if (moments) {
     weights = keep(ratio(shift[kWeights], shift[kScales]));
     means = keep(plain(shift[kMeans]));
     nu = keep(plain(shift[kNu]));

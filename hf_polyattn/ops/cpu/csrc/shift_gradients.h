@@ -17,10 +17,11 @@ struct MomentGradients {
   float mean = 0.0f, variance = 0.0f;
 };
 
-// What the products of a block of scaled queries with the vectors of a head give back: to the queries and to the vectors,
-// which are the columns of a `Matrix` behind its covariance.
+// What the products of a block of scaled queries with the vectors of a head give back to both; the vectors are the columns
+// of a `Matrix` behind its covariance.
 struct VectorGradients {
   int64_t dim, width, count;  // count: of the vectors, padded
+  Length own_length;
   std::vector<float> factors, vectors, partial;  // (kBlockRows, count), d(loss)/d(product); (count, width), twice
 
   explicit VectorGradients(const Shift& shift)
@@ -48,9 +49,9 @@ struct VectorGradients {
     of[kKeyShift] = g;
     if (!shift.weights) return {};
 
-    const float known = shift.known(seen), log_known = std::log(known);
+    const Length& length = own_length.of(shift, seen);
     const float m = own.mean, v = own.variance;
-    const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, log_known, 1.0f / known};
+    const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, length.log_known, 1.0f / length.known};
     const float *w = shift.weights(h, 0, 0), *means = shift.means(h, 0, 0);
     float* of_weights = sums + place.weights();
     for (int64_t f = 0; f < kFeatures; ++f) of_weights[f] += g * (features[f] - means[f]);
@@ -59,7 +60,7 @@ struct VectorGradients {
       of_weights[kFeatures + r] += g * (a * a - means[kFeatures + r]);
       of[kDirections + r] = 2.0f * g * w[kFeatures + r] * a;
     }
-    of[kLengthShift] = g * (log_known - means[kLogN]);
+    of[kLengthShift] = g * (length.log_known - means[kLogN]);
     return {g * (1.0f + w[0] + 2.0f * w[2] * m + w[3] * v),
             g * (0.5f + w[1] + w[3] * m + 2.0f * w[4] * v + 3.0f * w[5] * v * v)};
   }
@@ -100,10 +101,10 @@ struct MovedBlock {
         shifts(kBlockRows),
         slopes(kBlockRows) {}
 
-  // Takes a block, whose centers have the gradients `grads`; fills `of_queries` with those of their scaled queries but for
+  // Takes a block, whose centers have the gradients `grads`; fills `of_queries` with those of its scaled queries, but for
   // what their scores get, `shifts` and `slopes`, and adds to those of the head's parameters, `sums`.
   template <typename scalar_t>
-  void take(const MovedRows& moved, const Call& call, const View<scalar_t>& all_queries, const RowBlock& block,
+  void take(const MovedRows& moved, const View<scalar_t>& all_queries, const RowBlock& block,
             const float* grads, float* sums) {
     const Shift& shift = moved.shift;
     const int64_t dim = vectors.dim, width = vectors.width, rows = block.rows;
