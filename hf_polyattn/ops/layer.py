@@ -124,8 +124,8 @@ class _Layer(torch.autograd.Function):
             grad, row_scale, rows, wanted["delta"], any(wanted.get(name) for name in SHIFT), query, key, value,
             tensors[:_OWN], tensors[_OWN:], [], mask, ranges, seed, *ctx.pattern, *ctx.settings,
         )  # fmt: skip
-        grads = dict(zip(_TRAINED, found[3:], strict=False))
-        return *found[:3], None, None, *(grads[name] if wants else None for name, wants in wanted.items())
+        grads = {name: grad for name, grad in zip(_TRAINED, found[3:], strict=False) if grad.numel() > 0}
+        return *found[:3], None, None, *(grads.get(name) if wants else None for name, wants in wanted.items())
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

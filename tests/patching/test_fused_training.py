@@ -117,8 +117,19 @@ def test_a_frozen_polynomial_still_moves_queries_and_keys() -> None:
         assert took == [True]
         assert {*frozen} == {"output", "query", "key", "value"}
         assert all(torch.equal(grad, trained[name]) for name, grad in frozen.items())
-        layer.moments.squares.requires_grad_()
-        assert torch.equal(found_by(layer, tensors, {})["moments.squares"], trained["moments.squares"])
+        for tensor in (layer.moments.squares, layer.moments.means, layer.radius):
+            tensor.requires_grad_()
+        found = found_by(layer, tensors, {})
+        assert torch.equal(found["moments.squares"], trained["moments.squares"])
+        assert found["moments.means"] is found["radius"] is None
+
+
+def test_a_center_that_counts_for_nothing_gets_no_gradient() -> None:
+    layer, tensors = PolyAttention(PolyAttentionConfig("poly3"), H, D), inputs({}, torch.float32)
+    layer.center.requires_grad_()
+    with watched() as took:
+        assert found_by(layer, tensors, {})["center"] is None
+    assert took == [True]
 
 
 def test_gradients_lie_in_memory_as_their_operands_do() -> None:
