@@ -50,7 +50,8 @@ def error_of(spec: str, row_shift: str, dtype: torch.dtype, patterns: dict[str, 
     """The error of the output and of every gradient over its budget, of all patterns and some draws together."""
     results: dict[str, list[list[Tensor]]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for pattern, seed in itertools.product(patterns.values(), range(3)):
+    draws = 3 if dtype == torch.float32 else 1  # more, where errors are few units in the last place
+    for pattern, seed in itertools.product(patterns.values(), range(draws)):
         settings, layer = dict(pattern), module(spec, row_shift)
         tensors = inputs(settings, dtype)
         with watched() as took:
