@@ -98,8 +98,8 @@ class PolyAttention(ConfiguredPolynomial):
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
         pattern["scaling"] = scaling
-        if dropout == 0.0 and not return_weights and query.device.type == "cpu" and not torch.compiler.is_compiling():
-            at_once = self._at_once(query, key, value, pattern)
+        if not return_weights and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            at_once = self._at_once(query, key, value, pattern, dropout)
             if at_once is not None:
                 self._warn_of_length(query, key, pattern)
                 return at_once
@@ -136,8 +136,13 @@ class PolyAttention(ConfiguredPolynomial):
         )
         return output
 
-    def _at_once(self, query: Tensor, key: Tensor, value: Tensor, pattern: dict[str, Any]) -> Tensor | None:
-        """Returns the output as one kernel gives it, see `fused_layer`; None where something wraps the parameters."""
+    def _at_once(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: dict[str, Any], dropout: float
+    ) -> Tensor | None:
+        """Returns the output as one kernel gives it, see `fused_layer`; None where something wraps the parameters.
+
+        Also where somebody asked for a gradient that there is none of, which `forward` takes back.
+        """
         config, spec = self.config, self.config.spec
         moves = config.row_shift != "none" or spec.refinements > 0
         shift: list[Tensor] = []
@@ -152,7 +157,7 @@ class PolyAttention(ConfiguredPolynomial):
                 refinements = [tensor for part in self._refinements() for tensor in _held(part, REFINEMENT)]
         except KeyError:
             return None
-        if polynomial[0].dtype != torch.float32:
+        if polynomial[0].dtype != torch.float32 or polynomial[0].requires_grad:
             return None
         return fused_layer(
             query,
@@ -166,6 +171,7 @@ class PolyAttention(ConfiguredPolynomial):
             clamp=bool(config.clamp),
             interval=config.interval,
             alpha=alpha_of(spec.normalizer),
+            dropout=dropout,
             backend=config.backend,
             **pattern,
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from budget import excess
 from torch import Tensor
 
 from hf_polyattn.ops import polynomial_attention
+
+__all__ = ["excess", "operands", "outputs_and_gradients"]
 
 
 def operands(
@@ -50,19 +53,3 @@ def outputs_and_gradients(tensors: list[Tensor], *, grad_scale: float = 1.0, **s
     grad_output = grad_scale * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(output, leaves, grad_output.to(output))
     return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
-
-
-def excess(candidate: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
-    """Returns the candidate's error over its budget; at most 1 is within.
-
-    The budget is twice the error that the reference makes in the same dtype, plus one unit in the last place of
-    the values. Sizes are those of the largest element, and root mean squares where there are too few elements
-    (coefficients) for the largest error to be more than luck.
-    """
-
-    def size(tensor: Tensor) -> float:
-        return float(tensor.abs().max() if tensor.numel() > 1000 else tensor.square().mean().sqrt())
-
-    error, allowed = size(candidate.double() - oracle), 2 * size(same_dtype.double() - oracle)
-    allowed += torch.finfo(candidate.dtype).eps * size(oracle)
-    return 0.0 if error == 0.0 else error / allowed

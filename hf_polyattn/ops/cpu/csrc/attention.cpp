@@ -39,10 +39,6 @@ TORCH_LIBRARY(polyattn_cpu, library) {
   library.def("attention(" POLYATTN_ARGUMENTS ") -> (Tensor, Tensor)");
   library.def("attention_backward(Tensor grad_output, Tensor row_scale, bool coefficients_grad, " POLYATTN_ARGUMENTS
               ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "layer(Tensor query, Tensor key, Tensor value, Tensor[] polynomial, Tensor[] shift, Tensor[] refinements, "
-      "Tensor? mask, Tensor? ranges, bool causal, int? window, float scaling, int squarings, int normalizer, "
-      "bool clamp, bool interval, float alpha) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(polyattn_cpu, CPU, library) {

@@ -3,8 +3,7 @@
 #pragma once
 
 #include "derivatives.h"
-#include "rows.h"
-
+#include "shift_gradients.h"
 
 #include <limits>
 #include <tuple>
@@ -12,13 +11,9 @@
 namespace polyattn {
 namespace {
 
-struct Gradients {
-  Tensor query, key, value, coefficients, center;
-};
-
 template <typename scalar_t, typename mm_t>
 void backward(const Call& call, const Tensor& grad_output, const Tensor& row_scale, bool moments,
-              Gradients& gradients) {
+              const MovedRows* moved, Gradients& gradients) {
   constexpr int64_t pack = kPack<mm_t>;
   const int64_t pairs = call.batch * call.groups, terms = call.terms;
   const Chunks chunks(call, call.batch * call.groups >= 2 * at::get_num_threads() ? 1 : 2 * at::get_num_threads(),
@@ -31,21 +26,27 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
   const Target<scalar_t> to_query(gradients.query), to_key(gradients.key), to_value(gradients.value);
   auto* grad_center = gradients.center.mutable_data_ptr<float>();
   const View<float> row_scales(row_scale);
-  const int64_t scores = call.l1() ? rows * call.k_len : tile;
+  const bool follows = moved && moved->mean;     // scores get a part of what the moments of their row get
+  const bool surveyed = call.l1() || follows;    // what a row needs as a whole before its scores have gradients
+  const int64_t scores = surveyed ? rows * call.k_len : tile;
   const View<scalar_t> queries(call.query), all_keys(call.key), all_values(call.value);
   const Dropout dropout(call);
   const bool hides = static_cast<bool>(call.mask);
-  // Of every task: gradients of keys and values, and of the coefficients of its heads.
+  // Of every task: gradients of keys and values, and of the coefficients of its heads and of what moves their rows.
   const int64_t partial_size = call.k_len * (head_dim + value_dim);
   const bool alone = chunks.count == 1;  // else its gradients of keys and values wait for those of the other chunks
   const Buffer<float> partial(alone ? 0 : pairs * chunks.count * partial_size);
-  std::vector<double> grad_coefficients(pairs * chunks.count * call.repeats() * terms, 0.0);
+  const int64_t heads = pairs * chunks.count * call.repeats();
+  const int64_t shift_terms = moved ? gradients.shift.size(1) : 0;
+  std::vector<double> grad_coefficients(heads * terms, 0.0);
+  std::vector<float> grad_shift(heads * shift_terms, 0.0f);
 
   struct Memory {
     Buffer<mm_t> key_rows, value_rows, keys_transposed;
     Buffer<mm_t> query_rows, query_columns, query_packed, grad_rows, grad_columns, grad_packed;
     Buffer<mm_t> weights, grad_scores, grad_scores_packed;
     Buffer<float> scores, grad_weights, visible, kept, row_values, sums, grad_query, grad_query_rows, partial;
+    optional<MovedBlock> moved;
   };
   auto make = [&] {
     return Memory{Buffer<mm_t>(call.k_len * depth), Buffer<mm_t>(call.k_len * width),
@@ -53,9 +54,9 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
                   Buffer<mm_t>(rows * head_dim), Buffer<mm_t>(rows * width), Buffer<mm_t>(rows * width),
                   Buffer<mm_t>(rows * value_dim), Buffer<mm_t>(tile), Buffer<mm_t>(tile),
                   Buffer<mm_t>(tile + 2 * rows), Buffer<float>(scores), Buffer<float>(scores), Buffer<float>(tile),
-                  Buffer<float>(call.seed ? tile : 0), Buffer<float>(3 * rows), Buffer<float>(sum_count * rows),
+                  Buffer<float>(call.seed ? tile : 0), Buffer<float>(4 * rows), Buffer<float>(sum_count * rows),
                   Buffer<float>(head_dim * rows), Buffer<float>(rows * head_dim),
-                  Buffer<float>(alone ? partial_size : 0)};
+                  Buffer<float>(alone ? partial_size : 0), moved ? optional<MovedBlock>(moved->shift) : std::nullopt};
   };
 
   run_tasks(pairs * chunks.count, make, [&](int64_t task, Memory& memory) {
@@ -75,7 +76,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
     float* grad_key = alone ? memory.partial : partial + (pair * chunks.count + chunk) * partial_size;
     float* grad_value = grad_key + call.k_len * head_dim;
     std::fill_n(grad_key, partial_size, 0.0f);
-    float *offsets = memory.row_values, *scales = offsets + rows, *deltas = scales + rows;
+    float *offsets = memory.row_values, *scales = offsets + rows, *deltas = scales + rows, *centers = deltas + rows;
 
     for (const RowBlock& block : chunks.of(call, entry, group, chunk)) {
       const Polynomial polynomial = call.polynomial(block.head);
@@ -93,7 +94,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
       pack_b(query, ld_query, block.rows, head_dim, memory.query_packed, block_rows);
       pack_b_transposed(grad, ld_grad, block.rows, width, memory.grad_columns, block_rows);
       pack_b(grad, ld_grad, block.rows, value_dim, memory.grad_packed, block_rows);
-      std::fill_n(offsets, 3 * rows, 0.0f);
+      std::fill_n(offsets, 4 * rows, 0.0f);
       for (int64_t i = 0; i < block.rows; ++i) {
         const int64_t row = block.first + i;
         offsets[i] = call.row_offset(entry, block.head, row);
@@ -109,7 +110,7 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
 
       auto tile_of = [&](Range keys) {
         const bool whole = !hides && block.sees_all(keys);
-        const int64_t count = keys.stop - keys.start, at = call.l1() ? keys.start * block_rows : 0;
+        const int64_t count = keys.stop - keys.start, at = surveyed ? keys.start * block_rows : 0;
         if (!whole) {
           std::fill_n(static_cast<float*>(memory.visible), count * block_rows, 0.0f);
           fill_visible(call, block, keys, count, 1, block_rows, memory.visible);
@@ -121,28 +122,39 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
         return BackwardTile<mm_t>{
             count, block_rows, memory.scores + at, memory.grad_weights + at, memory.weights, memory.grad_scores,
             memory.grad_scores_packed, offsets, scales, deltas, whole ? nullptr : static_cast<float*>(memory.visible),
-            call.seed ? static_cast<float*>(memory.kept) : nullptr, sums, moments};
+            call.seed ? static_cast<float*>(memory.kept) : nullptr, sums, moments,
+            follows ? memory.moved->shifts.data() : nullptr, follows ? memory.moved->slopes.data() : nullptr};
       };
       auto compute_scores = [&](Range keys) {
-        const int64_t count = keys.stop - keys.start, at = call.l1() ? keys.start * block_rows : 0;
+        const int64_t count = keys.stop - keys.start, at = surveyed ? keys.start * block_rows : 0;
         multiply<mm_t>(count, block_rows, depth, key_operand + keys.start * ld_key, ld_key, memory.query_columns,
                        block_rows, memory.scores + at, block_rows, false);
         multiply<mm_t>(count, block_rows, width, value_operand + keys.start * ld_value, ld_value, memory.grad_columns,
                        block_rows, memory.grad_weights + at, block_rows, false);
       };
       const int64_t first_key = block.all.start / key_step * key_step;
-      if (call.l1()) {  // δ needs the whole row, and is exact only if it is the sum of the very numbers it meets
+      const int64_t own_head = (pair * chunks.count + chunk) * call.repeats() + block.head % call.repeats();
+      auto take_centers = [&] {
+        for (int64_t i = 0; i < block.rows; ++i) {
+          const float slope = sums.slope()[i] - (follows ? deltas[i] * sums.magnitude()[i] : 0.0f);
+          centers[i] = static_cast<float>(-slope / call.radius_of(block.head));
+        }
+        float* own_shift = grad_shift.data() + own_head * shift_terms;
+        if (moved) memory.moved->take(*moved, queries, block, centers, own_shift);
+      };
+      if (surveyed) {  // δ is exact only if it is the sum of the very numbers it meets
         for (int64_t start = first_key; start < block.all.stop; start += key_step) {
           const Range keys{start, std::min(start + key_step, call.k_len)};
           compute_scores(keys);
-          choose_weigh<mm_t>(polynomial)(tile_of(keys), polynomial);
+          (follows ? choose_survey<mm_t> : choose_weigh<mm_t>)(polynomial)(tile_of(keys), polynomial);
         }
         for (int64_t i = 0; i < block.rows; ++i) deltas[i] = scales[i] * sums.weighted()[i];
+        if (follows) take_centers();
       }
       for (int64_t start = first_key; start < block.all.stop; start += key_step) {
         const Range keys{start, std::min(start + key_step, call.k_len)};
         const int64_t count = keys.stop - keys.start;
-        if (!call.l1()) compute_scores(keys);
+        if (!surveyed) compute_scores(keys);
         choose_gradients<mm_t>(polynomial)(tile_of(keys), polynomial);
         multiply<mm_t>(count, value_dim, block_rows, memory.weights, block_rows, memory.grad_packed, value_dim,
                        grad_value + start * value_dim, value_dim, true);
@@ -154,15 +166,18 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
 
       transpose(static_cast<const float*>(memory.grad_query), block_rows, head_dim, block.rows,
                 static_cast<float*>(memory.grad_query_rows), head_dim, head_dim);
-      double* grad_c = grad_coefficients.data() +
-                       ((pair * chunks.count + chunk) * call.repeats() + block.head % call.repeats()) * terms;
+      if (call.center && !follows) take_centers();
+      double* grad_c = grad_coefficients.data() + own_head * terms;
       for (int64_t i = 0; i < block.rows; ++i) {
         const int64_t row = block.first + i;
-        store_row(memory.grad_query_rows + i * head_dim, 1.0f, head_dim, to_query(entry, block.head, row));
+        float* grad_row = memory.grad_query_rows + i * head_dim;
+        if (moved) {
+          add_scaled(grad_row, moved->shift.scaling, memory.moved->of_queries.data() + i * memory.moved->vectors.width,
+                     head_dim);
+        }
+        store_row(grad_row, 1.0f, head_dim, to_query(entry, block.head, row));
         for (int64_t k = 0; k < terms; ++k) grad_c[k] += sums.moment(k)[i];
-        if (!call.center) continue;
-        grad_center[(entry * call.heads + block.head) * call.q_len + row] =
-            static_cast<float>(-sums.slope()[i] / call.radius_of(block.head));
+        if (call.center) grad_center[(entry * call.heads + block.head) * call.q_len + row] = centers[i];
       }
     }
     if (alone) {
@@ -188,15 +203,20 @@ void backward(const Call& call, const Tensor& grad_output, const Tensor& row_sca
       store_row(grad_value, 1.0f, value_dim, to_value(pair / call.groups, pair % call.groups, j));
     }
   });
-  std::vector<double> total(call.heads * terms, 0.0);
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const double* from = grad_coefficients.data() + (pair * chunks.count + chunk) * call.repeats() * terms;
-      double* to = total.data() + pair % call.groups * call.repeats() * terms;
-      for (int64_t n = 0; n < call.repeats() * terms; ++n) to[n] += from[n];
+  // Adds what the heads got of batch entries and chunks, in order.
+  auto total = [&](const auto& partials, int64_t count, const Tensor& to) {
+    std::vector<double> sums(call.heads * count, 0.0);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+        const auto* from = partials.data() + (pair * chunks.count + chunk) * call.repeats() * count;
+        double* own = sums.data() + pair % call.groups * call.repeats() * count;
+        for (int64_t n = 0; n < call.repeats() * count; ++n) own[n] += from[n];
+      }
     }
-  }
-  std::copy(total.begin(), total.end(), gradients.coefficients.mutable_data_ptr<float>());
+    std::copy(sums.begin(), sums.end(), to.mutable_data_ptr<float>());
+  };
+  total(grad_coefficients, terms, gradients.coefficients);
+  if (shift_terms > 0) total(grad_shift, shift_terms, gradients.shift);
 }
 
 }  // namespace

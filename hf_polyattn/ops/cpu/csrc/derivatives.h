@@ -14,10 +14,11 @@ struct RowSums {
   int64_t stride;
   int degree;
 
-  static int64_t count(int degree) { return degree + 3; }
-  float* moment(int k) const { return data + k * stride; }          // Σ dp t^k
-  float* slope() const { return data + (degree + 1) * stride; }     // Σ dp p'(t)
-  float* weighted() const { return data + (degree + 2) * stride; }  // Σ g w
+  static int64_t count(int degree) { return degree + 4; }
+  float* moment(int k) const { return data + k * stride; }           // Σ dp t^k
+  float* slope() const { return data + (degree + 1) * stride; }      // Σ dp p'(t)
+  float* weighted() const { return data + (degree + 2) * stride; }   // Σ g w
+  float* magnitude() const { return data + (degree + 3) * stride; }  // Σ d|w|/dt
 };
 
 template <typename mm_t>
@@ -32,6 +33,7 @@ struct BackwardTile {
   const float *visible, *kept;                 // as in ForwardTile
   RowSums sums;
   bool moments;  // whether the coefficients need a gradient
+  const float *shifts = nullptr, *slopes = nullptr;  // of the rows: a visible score gets shift + slope · score besides
 };
 
 // Keys over which a lane adds up before the sum joins the others: rounding grows with the length of a sum.
@@ -90,11 +92,53 @@ void weigh(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
   }
 }
 
+// p'(t), 0 where t is clamped.
+template <int P, bool kClamp, bool kMonomial>
+Vec slope_of(const Coefficients<P>& c, Vec raw, Vec t) {
+  Vec slope;
+  if constexpr (kMonomial) {
+    slope = c.c[P] * Vec(static_cast<float>(P));
+    if constexpr (P > 1) slope = slope * power_of<P - 1>(t);
+  } else {
+    slope = c.derivative(t);
+  }
+  if constexpr (kClamp) slope = slope & (raw > Vec(-1.0f)) & (raw < Vec(1.0f));
+  return slope;
+}
+
+// Adds what the gradients of the rows' centers are made of to the sums of its rows: Σ_j g_ij dw_ij/dt as their slope
+// and, for l1, Σ_j g_ij w_ij and Σ_j d|w_ij|/dt.
+template <typename mm_t, int P, bool kL1, bool kClamp>
+void survey(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
+  const Coefficients<P> c(polynomial.coefficients);
+  const Vec slope(polynomial.slope), zero(0.0f);
+  for (int64_t i = 0; i < tile.rows; i += kLanes) {
+    const Vec offset = Vec::loadu(tile.offsets + i), scale = Vec::loadu(tile.row_scales + i);
+    for (int64_t start = 0; start < tile.keys; start += kRun) {
+      Vec slopes(0.0f), weighted(0.0f), magnitude(0.0f);
+      for (int64_t j = start; j < std::min(tile.keys, start + kRun); ++j) {
+        const Element<mm_t, P, kClamp, false> e(tile, j * tile.rows + i, c, polynomial.squarings, slope, offset, scale);
+        const Vec dw = e.q * slope_of<P, kClamp, false>(c, e.raw, e.t);
+        slopes = at::vec::fmadd(e.g, dw, slopes);
+        if constexpr (kL1) {
+          weighted = at::vec::fmadd(e.g, e.w, weighted);
+          magnitude = magnitude + Vec::blendv(dw, dw.neg(), e.w < zero);
+        }
+      }
+      accumulate(tile.sums.slope() + i, slopes);
+      if constexpr (kL1) {
+        accumulate(tile.sums.weighted() + i, weighted);
+        accumulate(tile.sums.magnitude() + i, magnitude);
+      }
+    }
+  }
+}
+
 // With ± the sign of w, d(loss)/dp = (g ∓ δ) q.
 template <typename mm_t, int P, bool kL1, bool kClamp, bool kMonomial>
 void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
   const Coefficients<P> c(polynomial.coefficients);
-  const Vec slope(polynomial.slope), one(1.0f), zero(0.0f);
+  const Vec slope(polynomial.slope), zero(0.0f);
   const int squarings = polynomial.squarings;
   for (int64_t i = 0; i < tile.rows; i += kLanes) {
     const Vec offset = Vec::loadu(tile.offsets + i), scale = Vec::loadu(tile.row_scales + i);
@@ -118,15 +162,7 @@ void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
           }
         }
         dp = dp * e.q;
-        Vec p_slope;
-        if constexpr (kMonomial) {
-          p_slope = c.c[P] * Vec(static_cast<float>(P));
-          if constexpr (P > 1) p_slope = p_slope * power_of<P - 1>(e.t);
-        } else {
-          p_slope = c.derivative(e.t);
-        }
-        if constexpr (kClamp) p_slope = p_slope & (e.raw > Vec(-1.0f)) & (e.raw < one);
-        const Vec dt = dp * p_slope;
+        const Vec dt = dp * slope_of<P, kClamp, kMonomial>(c, e.raw, e.t);
         total_slope = total_slope + dt;
         if (tile.moments) {
           if constexpr (kMonomial) {
@@ -139,7 +175,13 @@ void gradients(const BackwardTile<mm_t>& tile, const Polynomial& polynomial) {
             }
           }
         }
-        const Vec result = dt * slope;
+        Vec result = dt * slope;
+        if (tile.shifts != nullptr) {
+          Vec besides = at::vec::fmadd(Vec::loadu(tile.scores + at), Vec::loadu(tile.slopes + i),
+                                       Vec::loadu(tile.shifts + i));
+          if (tile.visible != nullptr) besides = besides & Vec::loadu(tile.visible + at);
+          result = result + besides;
+        }
         store(tile.grad_scores + at, result);
         return result;
       };
@@ -160,6 +202,12 @@ auto choose_gradients(const Polynomial& p) {
   auto instance = []<int P, bool kL1, bool kClamp, bool kMonomial>() {
     return &gradients<mm_t, P, kL1, kClamp, kMonomial>;
   };
+  return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
+}
+
+template <typename mm_t>
+auto choose_survey(const Polynomial& p) {
+  auto instance = []<int P, bool kL1, bool kClamp, bool>() { return &survey<mm_t, P, kL1, kClamp>; };
   return choose(p, instance, std::make_integer_sequence<int, kMaxDegree>());
 }
 

@@ -4,24 +4,28 @@
 #include "backward.h"
 
 namespace polyattn {
+
+Gradients differentiate(const Call& call, const Tensor& grad_output, const Tensor& row_scale, bool coefficients_grad,
+                        const MovedRows* moved) {
+  const auto options = call.query.options().dtype(at::kFloat);
+  Gradients gradients{empty_gradient(call.query), empty_gradient(call.key), empty_gradient(call.value),
+                      at::empty({call.heads, call.terms}, options), at::empty({0}, options), Tensor()};
+  if (call.center) gradients.center = at::empty({call.batch, call.heads, call.q_len}, options);
+  if (moved) gradients.shift = at::empty({call.heads, ParameterSums(moved->shift).count()}, options);
+  dispatch(call.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
+    backward<scalar_t, mm_t>(call, grad_output, row_scale, coefficients_grad, moved, gradients);
+  });
+  return gradients;
+}
+
 namespace {
 
 template <typename... Arguments>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
                                                                       const Tensor& row_scale, bool coefficients_grad,
                                                                       const Arguments&... arguments) {
-  const Call call = make_call(arguments...);
-  const auto options = call.query.options();
-  Gradients gradients{empty_gradient(call.query), empty_gradient(call.key), empty_gradient(call.value),
-                      at::empty({call.heads, call.terms}, options.dtype(at::kFloat)),
-                      at::empty({0}, options.dtype(at::kFloat))};
-  if (call.center) {
-    gradients.center = at::empty({call.batch, call.heads, call.q_len}, options.dtype(at::kFloat));
-  }
-  dispatch(call.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
-    backward<scalar_t, mm_t>(call, grad_output, row_scale, coefficients_grad, gradients);
-  });
-  return {gradients.query, gradients.key, gradients.value, gradients.coefficients, gradients.center};
+  const Gradients found = differentiate(make_call(arguments...), grad_output, row_scale, coefficients_grad);
+  return {found.query, found.key, found.value, found.coefficients, found.center};
 }
 
 }  // namespace

@@ -7,28 +7,10 @@
 #pragma once
 
 #include "decode.h"
-#include "shift.h"
+#include "module.h"
 
 namespace polyattn {
 namespace {
-
-constexpr int64_t kKeptKeys = 1024;  // of a block's scores, which are kept in the second-level cache
-constexpr int64_t kSteps = 5;        // coefficients of a refinement's step, and what its row sums are held within
-constexpr float kFewest = 0.2f, kMost = 5.0f;
-
-// A row's polynomial is summed at its center, and a polynomial of that sum is added to the center.
-struct Refinement {
-  Tensor coefficients;  // (H, P + 1)
-  View<float> center, radius, steps;  // (H), (H), (H, kSteps)
-
-  float step(int64_t h, float row_sum) const {
-    const float z = std::clamp(row_sum, kFewest, kMost) - 1.0f;
-    const float* c = steps(h, 0, 0);
-    float g = c[kSteps - 1];
-    for (int64_t k = kSteps - 2; k >= 0; --k) g = g * z + c[k];
-    return g;
-  }
-};
 
 // Rows of moments from tiles of scores, and what follows from them.
 struct KeptScores {
@@ -79,11 +61,26 @@ inline float sum_of_weights(const float* from, int64_t count, const Polynomial& 
   return result;
 }
 
+// What is kept of each row, (B, H, Tq): what others need, else null.
+struct KeptRows {
+  float *center = nullptr, *mean = nullptr, *variance = nullptr;
+
+  // Of planes (1 or 3, B, H, Tq).
+  explicit KeptRows(const Tensor& planes) {
+    if (!planes.defined()) return;
+    center = planes.mutable_data_ptr<float>();
+    if (planes.size(0) == 1) return;
+    mean = center + planes.stride(0);
+    variance = mean + planes.stride(0);
+  }
+};
+
 // What a module's rows are shifted by.
 struct Rows {
   const Call& call;
   const Shift& shift;
   const std::vector<Refinement>& refinements;
+  KeptRows kept;
   bool moments;
 
   // The number that a row's Σ w is multiplied by in a refinement, which divides by nothing that the data decide.
@@ -98,13 +95,18 @@ struct Rows {
   }
 
   // The center of row i of head h, which is row n of the scores; `along` are the products of its scaled query with the
-  // columns of a `Matrix`.
+  // columns of a `Matrix`. It is kept, with the row's moments.
   float center(int64_t b, int64_t h, int64_t i, Range seen, const KeptScores& scores, int64_t n,
-               const float* along) const {
+               const float* along, Length& length) const {
     float found = *shift.center(h, 0, 0) + along[kKeyShift];
+    const int64_t row = (b * call.heads + h) * call.q_len + i;
     if (moments) {
       const Moments own = scores.moments(n, seen, static_cast<float>(call.scaling));
-      found += predicted(shift, h, along, own, seen.stop - seen.start);
+      found += predicted(shift, h, along, own, length.of(shift, seen.stop - seen.start));
+      if (kept.mean) {
+        kept.mean[row] = own.mean;
+        kept.variance[row] = own.variance;
+      }
     }
     for (const Refinement& part : refinements) {
       const Polynomial p = polynomial(part, h);
@@ -117,14 +119,15 @@ struct Rows {
       }
       found += part.step(h, scale(b, h, i, seen) * total);
     }
+    if (kept.center) kept.center[row] = found;
     return found;
   }
 };
 
-// The output, without mask and dropout.
+// The output. Where a mask hides keys, no row is moved by its scores.
 template <typename scalar_t, typename mm_t>
 void shifted_forward(const Call& call, const Shift& shift, const std::vector<Refinement>& refinements,
-                     const Tensor& output, const Tensor& row_scale) {
+                     const Tensor& output, const Tensor& row_scale, const KeptRows& kept) {
   constexpr int64_t pack = kPack<mm_t>;
   const Chunks chunks(call, kTasksPerThread * at::get_num_threads(), kChunkRows);
   const int64_t dim = call.head_dim, depth = round_up(dim, pack), width = call.value_dim;
@@ -132,20 +135,23 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
   const int64_t pairs = call.batch * call.groups, rows = round_up(chunks.step, kSharing);
   const View<scalar_t> queries(call.query), all_keys(call.key), all_values(call.value);
   const Results<scalar_t> results(output, row_scale);
-  const Rows of{call, shift, refinements, static_cast<bool>(shift.weights)};
+  const Dropout dropout(call);
+  const Rows of{call, shift, refinements, kept, static_cast<bool>(shift.weights)};
 
   struct Memory {
     Matrix matrix;
+    Length length;
     Buffer<mm_t> query, keys, key_rows, values, value_rows, weights;
-    Buffer<float> scaled, along, scores, visible, offsets, outputs, sums;
+    Buffer<float> scaled, along, scores, visible, kept, offsets, outputs, sums;
   };
   auto make = [&] {
     Matrix matrix(shift, false);
     const int64_t columns = matrix.columns;
-    return Memory{std::move(matrix), Buffer<mm_t>(chunks.step * depth), Buffer<mm_t>(depth * keys),
+    return Memory{std::move(matrix), Length(), Buffer<mm_t>(chunks.step * depth), Buffer<mm_t>(depth * keys),
                   Buffer<mm_t>(step * depth), Buffer<mm_t>(keys * width), Buffer<mm_t>(step * round_up(width, pack)),
                   Buffer<mm_t>(chunks.step * step), Buffer<float>(rows * dim), Buffer<float>(rows * columns),
-                  Buffer<float>(chunks.step * keys), Buffer<float>(chunks.step * step), Buffer<float>(chunks.step),
+                  Buffer<float>(chunks.step * keys), Buffer<float>(chunks.step * step),
+                  Buffer<float>(call.seed ? chunks.step * step : 0), Buffer<float>(chunks.step),
                   Buffer<float>(chunks.step * width), Buffer<float>(chunks.step)};
   };
 
@@ -191,7 +197,7 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
       const auto radius = static_cast<float>(call.radius_of(head));
       for (int64_t i = 0; i < block.rows; ++i) {
         const float center = of.center(entry, head, block.first + i, block.keys[i], scores, i,
-                                       memory.along + i * columns);
+                                       memory.along + i * columns, memory.length);
         memory.offsets[i] = -center / radius;
       }
 
@@ -201,10 +207,12 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const Range own{tile * step, std::min((tile + 1) * step, call.k_len)};
         if (!block.sees(own)) continue;
-        const bool whole = own.stop - own.start == step && block.sees_all(own);
+        const bool whole = !call.mask && own.stop - own.start == step && block.sees_all(own);
         if (!whole) fill_visible(call, block, own, step, step, 1, memory.visible);
+        if (call.seed) fill_kept(call, dropout, block, own, step, step, 1, memory.kept);
         const ForwardTile<mm_t> part{block.rows, step, scores.row(tile, 0), memory.weights, memory.offsets,
-                                     whole ? nullptr : static_cast<float*>(memory.visible), nullptr, memory.sums};
+                                     whole ? nullptr : static_cast<float*>(memory.visible),
+                                     call.seed ? static_cast<float*>(memory.kept) : nullptr, memory.sums};
         choose_weights<mm_t>(polynomial)(part, polynomial);
         multiply<mm_t>(block.rows, width, step, memory.weights, step, memory.values + tile * step * width, width,
                        memory.outputs, width, true);
@@ -220,8 +228,8 @@ void shifted_forward(const Call& call, const Shift& shift, const std::vector<Ref
 // The same for few rows: the scores of all keys are kept between two passes over the parts of the keys.
 template <typename scalar_t>
 void shifted_decode(Call call, const Shift& shift, const std::vector<Refinement>& refinements, const Tensor& output,
-                    const Tensor& row_scale) {
-  const Tensor centers = at::empty({call.batch, call.heads, call.q_len}, output.options().dtype(at::kFloat));
+                    const Tensor& row_scale, const Tensor& planes) {
+  const Tensor centers = planes[0];
   call.center = View<float>(centers);
   const Decoder<scalar_t> decoder(call);
   const int64_t tile = decoder.padded_rows * decoder.columns, repeats = decoder.repeats, q_len = call.q_len;
@@ -230,13 +238,13 @@ void shifted_decode(Call call, const Shift& shift, const std::vector<Refinement>
       decoder.tasks, [&] { return decoder.memory(); },
       [&](int64_t task, auto& memory) { decoder.score(task, memory, scores + task * tile); });
 
-  const Rows of{call, shift, refinements, static_cast<bool>(shift.weights)};
-  float* found = centers.mutable_data_ptr<float>();
+  const Rows of{call, shift, refinements, KeptRows(planes), static_cast<bool>(shift.weights)};
   run_tasks(
       decoder.pairs, [&] { return Matrix(shift, false); },
       [&](int64_t pair, Matrix& matrix) {
         const int64_t b = pair / call.groups, g = pair % call.groups, dim = call.head_dim;
         const KeptScores kept{decoder.padded_rows, decoder.columns, decoder.parts, scores + pair * decoder.parts * tile};
+        Length length;
         std::vector<float> scaled(kSharing * dim), along(kSharing * matrix.columns);
         for (int64_t h = g * repeats; h < (g + 1) * repeats; ++h) {
           matrix.take_head(shift, h);
@@ -244,9 +252,8 @@ void shifted_decode(Call call, const Shift& shift, const std::vector<Refinement>
           small_product<false>(scaled.data(), dim, matrix.values.data(), matrix.columns, kSharing, dim, matrix.columns,
                                along.data());
           for (int64_t i = 0; i < q_len; ++i) {
-            found[(b * call.heads + h) * q_len + i] =
-                of.center(b, h, i, call.visible(b, i), kept, (h - g * repeats) * q_len + i,
-                          along.data() + i * matrix.columns);
+            of.center(b, h, i, call.visible(b, i), kept, (h - g * repeats) * q_len + i,
+                      along.data() + i * matrix.columns, length);
           }
         }
       });

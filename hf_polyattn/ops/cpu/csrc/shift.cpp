@@ -5,6 +5,17 @@
 #include <ATen/ops/zeros.h>
 
 namespace polyattn {
+
+std::tuple<Tensor, Tensor, Tensor> centers_gradients(const Shift& shift, const Tensor& grad) {
+  const Tensor of_query = empty_gradient(shift.query), of_key = empty_gradient(shift.key);
+  const auto options = shift.query.options().dtype(at::kFloat);
+  const Tensor sums = at::zeros({shift.batch, shift.heads, ParameterSums(shift).count()}, options);
+  dispatch(shift.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
+    row_centers_gradients<scalar_t>(shift, grad, of_query, of_key, sums.mutable_data_ptr<float>());
+  });
+  return {of_query, of_key, sums.sum(0)};
+}
+
 namespace {
 
 template <typename... Arguments>
@@ -19,14 +30,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> centers_backw
                                                                                     const Arguments&... arguments) {
   const Shift shift = make_shift(arguments...);
   const ParameterSums place(shift);
-  const auto options = shift.query.options().dtype(at::kFloat);
-  const Tensor of_query = empty_gradient(shift.query), of_key = empty_gradient(shift.key);
-  const Tensor sums = at::zeros({shift.batch, shift.heads, place.count()}, options);
-  dispatch(shift.query.scalar_type(), [&]<typename scalar_t, typename mm_t>() {
-    row_centers_gradients<scalar_t>(shift, grad, of_query, of_key, sums.mutable_data_ptr<float>());
-  });
-  const Tensor total = sums.sum(0);
-  auto part = [&](int64_t start, int64_t count) { return total.slice(1, start, start + count); };
+  const auto [of_query, of_key, total] = centers_gradients(shift, grad);
+  const Tensor& sums = total;  // no structured bindings: older compilers capture none in a lambda
+  auto part = [&](int64_t start, int64_t count) { return sums.slice(1, start, start + count); };
   const int64_t dim = shift.head_dim;
   return {of_query,
           of_key,

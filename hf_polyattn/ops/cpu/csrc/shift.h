@@ -10,7 +10,6 @@
 #include <vector>
 
 namespace polyattn {
-namespace {
 
 constexpr int64_t kFeatures = 8;  // m, v, m², m v, v², v³, log n, 1/n; squares of queries follow
 constexpr int64_t kLogN = 6;
@@ -43,6 +42,8 @@ inline Shift make_shift(const Tensor& query, const Tensor& key, const Tensor& ce
           View<int32_t>(ranges), causal, window, static_cast<float>(scaling), static_cast<float>(alpha),
           static_cast<float>(fewest), static_cast<float>(most)};
 }
+
+namespace {
 
 constexpr int64_t kSharing = 8;    // rows of a product that share what they load
 constexpr int64_t kBlockRows = 64;  // queries that are looked at together, a multiple of it
@@ -162,20 +163,35 @@ struct Matrix {
   }
 };
 
+// The length of a row: how many keys it sees, and that number held within the lengths of the calibration. Most rows are
+// as long as the row before, and logarithms take time.
+struct Length {
+  int64_t count = -1;
+  float log = 0.0f, known = 1.0f, log_known = 0.0f;
+
+  const Length& of(const Shift& shift, int64_t keys) {
+    if (keys == count) return *this;
+    count = keys;
+    const auto n = static_cast<float>(std::max<int64_t>(1, keys));
+    known = std::min(std::max(n, shift.fewest), shift.most);
+    log = std::log(n);
+    log_known = std::log(known);
+    return *this;
+  }
+};
+
 // s_i less the key shift; `along` are the products of the row's scaled query with the columns of the matrix.
-inline float predicted(const Shift& shift, int64_t h, const float* along, Moments of, int64_t count) {
-  const auto n = static_cast<float>(std::max<int64_t>(1, count));
-  const float known = std::min(std::max(n, shift.fewest), shift.most), log_known = std::log(known);
+inline float predicted(const Shift& shift, int64_t h, const float* along, Moments of, const Length& length) {
   const float m = of.mean, v = of.variance;
-  const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, log_known, 1.0f / known};
+  const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, length.log_known, 1.0f / length.known};
   const float *weights = shift.weights(h, 0, 0), *means = shift.means(h, 0, 0);
-  float s = m + v / 2.0f + (1.0f - shift.alpha) * std::log(n);
+  float s = m + v / 2.0f + (1.0f - shift.alpha) * length.log;
   for (int64_t f = 0; f < kFeatures; ++f) s += weights[f] * (features[f] - means[f]);
   for (int64_t r = 0; r < shift.squares; ++r) {
     const float of_direction = along[kDirections + r];
     s += weights[kFeatures + r] * (of_direction * of_direction - means[kFeatures + r]);
   }
-  return s + (log_known - means[kLogN]) * along[kLengthShift];
+  return s + (length.log_known - means[kLogN]) * along[kLengthShift];
 }
 
 // The scores of a block of rows, from keys that are stored (dim, keys), or of fewer rows from keys as they lie.
@@ -267,6 +283,7 @@ void shift_group(const Shift& shift, const View<scalar_t>& queries, const View<s
   const int64_t dim = shift.head_dim;
   KeyHead<scalar_t> head(shift, all_keys, b, g);
   const int64_t columns = head.matrix.columns;
+  Length length;
   std::vector<float> block(kBlockRows * dim), products(kBlockRows * columns);
   for (int64_t h = g * head.repeats(); h < (g + 1) * head.repeats(); ++h) {
     head.matrix.take_head(shift, h);
@@ -280,7 +297,7 @@ void shift_group(const Shift& shift, const View<scalar_t>& queries, const View<s
         if (head.moments) {
           const Range seen = head.seen_by(start + i);
           const Moments own = head.of(i, seen, block.data() + i * dim, product);
-          center += predicted(shift, h, along, own, seen.stop - seen.start);
+          center += predicted(shift, h, along, own, length.of(shift, seen.stop - seen.start));
         }
         centers[(b * shift.heads + h) * shift.q_len + start + i] = center;
       }

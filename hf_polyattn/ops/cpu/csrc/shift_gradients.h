@@ -2,24 +2,11 @@
 
 #pragma once
 
-#include "shift.h"
+#include "gradients.h"
+#include "rows.h"
 
 namespace polyattn {
 namespace {
-
-// What a head's parameters get of one batch entry, side by side.
-struct ParameterSums {
-  int64_t dim, features, squares;
-
-  explicit ParameterSums(const Shift& shift)
-      : dim(shift.head_dim), features(shift.weights ? kFeatures + shift.squares : 0), squares(shift.squares) {}
-  int64_t center() const { return 0; }
-  int64_t key_shift() const { return 1; }
-  int64_t length_shift() const { return key_shift() + dim; }
-  int64_t weights() const { return length_shift() + dim; }
-  int64_t directions() const { return weights() + features; }
-  int64_t count() const { return directions() + squares * dim; }
-};
 
 inline void add_scaled(float* to, float factor, const float* from, int64_t count) {
   for (int64_t d = 0; d < count; ++d) to[d] += factor * from[d];
@@ -30,36 +17,123 @@ struct MomentGradients {
   float mean = 0.0f, variance = 0.0f;
 };
 
-// Adds what a row with gradient `g` of its center gives its parameters (`sums`) and its scaled query (`to`), but for
-// its moments, whose gradients are returned.
-inline MomentGradients parameter_gradients(const Shift& shift, const ParameterSums& place, int64_t h, float g,
-                                           Moments own, int64_t count, const float* query, const float* along,
-                                           float* sums, float* to) {
-  const int64_t dim = shift.head_dim;
-  sums[place.center()] += g;
-  add_scaled(sums + place.key_shift(), g, query, dim);
-  add_scaled(to, g, shift.key_shift(h, 0, 0), dim);
-  if (!shift.weights) return {};
+// What the products of a block of scaled queries with the vectors of a head give back to both; the vectors are the columns
+// of a `Matrix` behind its covariance.
+struct VectorGradients {
+  int64_t dim, width, count;  // count: of the vectors, padded
+  Length own_length;
+  std::vector<float> factors, vectors, partial;  // (kBlockRows, count), d(loss)/d(product); (count, width), twice
 
-  const auto n = static_cast<float>(std::max<int64_t>(1, count));
-  const float known = std::min(std::max(n, shift.fewest), shift.most), log_known = std::log(known);
-  const float m = own.mean, v = own.variance;
-  const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, log_known, 1.0f / known};
-  const float *w = shift.weights(h, 0, 0), *means = shift.means(h, 0, 0);
-  float* of_weights = sums + place.weights();
-  for (int64_t f = 0; f < kFeatures; ++f) of_weights[f] += g * (features[f] - means[f]);
-  for (int64_t r = 0; r < shift.squares; ++r) {
-    const float a = along[kDirections + r], of_a = 2.0f * g * w[kFeatures + r] * a;
-    of_weights[kFeatures + r] += g * (a * a - means[kFeatures + r]);
-    add_scaled(sums + place.directions() + r * dim, of_a, query, dim);
-    add_scaled(to, of_a, shift.directions(h, r, 0), dim);
+  explicit VectorGradients(const Shift& shift)
+      : dim(shift.head_dim),
+        width(round_up(dim, kPad)),
+        count(round_up(kDirections + shift.squares, kPad)),
+        factors(kBlockRows * count),
+        vectors(count * width),
+        partial(count * width) {}
+
+  void take_head(const Shift& shift, int64_t h) {
+    std::copy_n(shift.key_shift(h, 0, 0), dim, vectors.data() + kKeyShift * width);
+    if (shift.weights) std::copy_n(shift.length_shift(h, 0, 0), dim, vectors.data() + kLengthShift * width);
+    for (int64_t r = 0; r < shift.squares; ++r) {
+      std::copy_n(shift.directions(h, r, 0), dim, vectors.data() + (kDirections + r) * width);
+    }
   }
-  const float away = g * (log_known - means[kLogN]);
-  add_scaled(sums + place.length_shift(), away, query, dim);
-  add_scaled(to, away, shift.length_shift(h, 0, 0), dim);
-  return {g * (1.0f + w[0] + 2.0f * w[2] * m + w[3] * v),
-          g * (0.5f + w[1] + w[3] * m + 2.0f * w[4] * v + 3.0f * w[5] * v * v)};
-}
+
+  // Takes a row with gradient `g` of its center, and adds what its features give their weights to `sums`. Returns the
+  // gradients of its moments.
+  MomentGradients take_row(const Shift& shift, const ParameterSums& place, int64_t h, int64_t i, float g, Moments own,
+                           int64_t seen, const float* along, float* sums) {
+    float* of = factors.data() + i * count;
+    sums[place.center()] += g;
+    of[kKeyShift] = g;
+    if (!shift.weights) return {};
+
+    const Length& length = own_length.of(shift, seen);
+    const float m = own.mean, v = own.variance;
+    const float features[kFeatures] = {m, v, m * m, m * v, v * v, v * v * v, length.log_known, 1.0f / length.known};
+    const float *w = shift.weights(h, 0, 0), *means = shift.means(h, 0, 0);
+    float* of_weights = sums + place.weights();
+    for (int64_t f = 0; f < kFeatures; ++f) of_weights[f] += g * (features[f] - means[f]);
+    for (int64_t r = 0; r < shift.squares; ++r) {
+      const float a = along[kDirections + r];
+      of_weights[kFeatures + r] += g * (a * a - means[kFeatures + r]);
+      of[kDirections + r] = 2.0f * g * w[kFeatures + r] * a;
+    }
+    of[kLengthShift] = g * (length.log_known - means[kLogN]);
+    return {g * (1.0f + w[0] + 2.0f * w[2] * m + w[3] * v),
+            g * (0.5f + w[1] + w[3] * m + 2.0f * w[4] * v + 3.0f * w[5] * v * v)};
+  }
+
+  // to (rows, width): what the scaled queries get.
+  void of_queries(int64_t rows, float* to) const {
+    small_product<false>(factors.data(), count, vectors.data(), width, round_up(rows, kSharing), count, width, to);
+  }
+
+  // Adds what the vectors get of scaled queries (rows, width) to `sums`.
+  void add_vectors(const float* queries, int64_t rows, const ParameterSums& place, float* sums) {
+    small_product<true>(factors.data(), count, queries, width, count, rows, width, partial.data());
+    auto add = [&](int64_t to, int64_t vector) {
+      add_scaled(sums + to, 1.0f, partial.data() + vector * width, dim);
+    };
+    add(place.key_shift(), kKeyShift);
+    if (place.features > 0) add(place.length_shift(), kLengthShift);
+    for (int64_t r = 0; r < place.squares; ++r) add(place.directions() + r * dim, kDirections + r);
+  }
+};
+
+// A block of moved rows: what the gradients of their centers give.
+struct MovedBlock {
+  ParameterSums place;
+  Matrix matrix;
+  VectorGradients vectors;
+  int64_t head = -1;
+  std::vector<float> queries, along, of_queries;  // (kBlockRows, width), (kBlockRows, columns), (kBlockRows, width)
+  std::vector<float> shifts, slopes;              // (kBlockRows): a visible score gets shift + slope · score
+
+  explicit MovedBlock(const Shift& shift)
+      : place(shift),
+        matrix(shift, false),
+        vectors(shift),
+        queries(kBlockRows * vectors.width),
+        along(kBlockRows * matrix.columns),
+        of_queries(kBlockRows * vectors.width),
+        shifts(kBlockRows),
+        slopes(kBlockRows) {}
+
+  // Takes a block, whose centers have the gradients `grads`; fills `of_queries` with those of its scaled queries, but for
+  // what their scores get, `shifts` and `slopes`, and adds to those of the head's parameters, `sums`.
+  template <typename scalar_t>
+  void take(const MovedRows& moved, const View<scalar_t>& all_queries, const RowBlock& block,
+            const float* grads, float* sums) {
+    const Shift& shift = moved.shift;
+    const int64_t dim = vectors.dim, width = vectors.width, rows = block.rows;
+    if (block.head != head) {
+      head = block.head;
+      matrix.take_head(shift, head);
+      vectors.take_head(shift, head);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      read(all_queries(block.entry, head, block.first + i), shift.scaling, dim, queries.data() + i * width);
+    }
+    small_product<false>(queries.data(), width, matrix.values.data(), matrix.columns, round_up(rows, kSharing), dim,
+                         matrix.columns, along.data());
+    std::fill(shifts.begin(), shifts.end(), 0.0f);
+    std::fill(slopes.begin(), slopes.end(), 0.0f);
+    const int64_t first = (block.entry * shift.heads + head) * shift.q_len + block.first;
+    for (int64_t i = 0; i < rows; ++i) {
+      const Moments own = moved.mean ? Moments{moved.mean[first + i], moved.variance[first + i]} : Moments{};
+      const int64_t seen = block.keys[i].stop - block.keys[i].start;
+      const MomentGradients of = vectors.take_row(shift, place, head, i, grads[i], own, seen,
+                                                  along.data() + i * matrix.columns, sums);
+      const float each = shift.scaling / static_cast<float>(std::max<int64_t>(1, seen));
+      shifts[i] = each * (of.mean - 2.0f * of.variance * own.mean);
+      slopes[i] = each * 2.0f * of.variance * shift.scaling;
+    }
+    vectors.of_queries(rows, of_queries.data());
+    if (moved.parameters) vectors.add_vectors(queries.data(), rows, place, sums);
+  }
+};
 
 // The rows of all heads that share a key head.
 template <typename scalar_t>
@@ -69,6 +143,7 @@ struct GroupGradients {
   KeyHead<scalar_t> head;
   int64_t b, dim, width, padded_keys;
   ParameterSums place;
+  VectorGradients vectors;
   std::vector<float> block, queries, weighted, products, of_queries, key_rows, of_keys, of_mean, covariance, partial;
 
   GroupGradients(const Shift& shift, const View<float>& grads, const View<scalar_t>& all_keys, int64_t b, int64_t g)
@@ -80,6 +155,7 @@ struct GroupGradients {
         width(round_up(dim, kPad)),
         padded_keys(round_up(shift.k_len, kPad)),
         place(shift),
+        vectors(shift),
         block(kBlockRows * dim),
         queries(kBlockRows * width),
         weighted(kBlockRows * width),
@@ -103,6 +179,7 @@ struct GroupGradients {
       std::copy_n(block.data() + i * dim, dim, queries.data() + i * width);
     }
     std::fill(of_queries.begin(), of_queries.end(), 0.0f);
+    vectors.take_head(shift, h);
     head.look(block.data(), start, rows, products.data());
     Range any{shift.k_len, 0};
     for (int64_t i = 0; head.transposed && i < rows; ++i) {
@@ -116,8 +193,8 @@ struct GroupGradients {
       const Range seen = head.seen_by(start + i);
       const int64_t count = seen.stop - seen.start;
       const Moments own = head.moments ? head.of(i, seen, query, product) : Moments{};
-      const MomentGradients of = parameter_gradients(shift, place, h, *(grads(b, h, start + i)), own, count, query,
-                                                     product + head.matrix.covariance, sums, to);
+      const MomentGradients of = vectors.take_row(shift, place, h, i, *grads(b, h, start + i), own, count,
+                                                  product + head.matrix.covariance, sums);
       if (head.by_keys && count > 0) {
         add_scaled(to, of.mean, head.matrix.key_mean.data(), dim);
         add_scaled(to, 2.0f * of.variance, product, dim);
@@ -133,6 +210,9 @@ struct GroupGradients {
         std::fill(scores + std::max(first, seen.stop), scores + std::max(last, seen.stop), 0.0f);
       }
     }
+    vectors.add_vectors(queries.data(), rows, place, sums);
+    vectors.of_queries(rows, partial.data());
+    add_scaled(of_queries.data(), 1.0f, partial.data(), rows * width);
     if (head.by_keys) {
       small_product<true>(weighted.data(), width, queries.data(), width, round_up(dim, kSharing), rows, width,
                           partial.data());
