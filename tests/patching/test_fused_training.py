@@ -232,7 +232,7 @@ def test_lesser_machines_compute_the_same(capability: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     environment["ONEDNN_MAX_CPU_ISA"] = {"avx2": "AVX2", "default": "SSE41"}[capability]
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "within_the_error_budget and l1 and moments"]
+    command += ["-k", "within_the_error_budget and l1 and moments and bfloat16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "2 passed" in done.stdout
+    assert "1 passed" in done.stdout
