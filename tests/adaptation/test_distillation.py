@@ -15,7 +15,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
-from hf_polyattn import InputError, PatchError, PolyAttentionConfig, patch_model, softmax_attention, unpatch_model
+from hf_polyattn import (
+    InputError,
+    PatchError,
+    PolyAttentionConfig,
+    calibrate,
+    patch_model,
+    softmax_attention,
+    unpatch_model,
+)
 from hf_polyattn.adaptation.distillation import distill, divergence_from
 from hf_polyattn.adaptation.training import _learning_rate, param_groups
 from hf_polyattn.errors import TrainingError
@@ -193,6 +201,17 @@ def test_frozen_polynomials_stay(softmax: PreTrainedModel, batches: list[Batch])
     changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
     assert changed
     assert not any("polyattn" in name for name in changed)
+
+
+def test_the_row_shift_trains_with_the_model(softmax: PreTrainedModel, batches: list[Batch]) -> None:
+    model = patch_model(copy.deepcopy(softmax), "poly3~1")
+    calibrate(model, batches, row_shift="moments", squares=2, progress=False)
+    before = weights(model)
+    distill(model, batches, steps=2, lr=0.0, coefficient_lr=1e-3, progress=False)
+    changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    own = "delta", "center", "key_shift", "moments.weights", "moments.length_shift", "moments.squares"
+    trained = *own, "refinements.0.delta", "refinements.0.steps"  # not what calibration alone sets
+    assert changed == {f"model.layers.{n}.self_attn.polyattn.{name}" for n in range(5) for name in trained}
 
 
 def test_accelerator_trains_as_without(student: PreTrainedModel, batches: list[Batch]) -> None:

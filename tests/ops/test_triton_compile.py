@@ -2,6 +2,7 @@
 
 By default a choice is compiled. POLYATTN_COMPILE=rows compiles each row of the tables, with the spec that has the most
 registers and with the monomial (a quarter of an hour of one core); POLYATTN_COMPILE=all each spec (more than an hour).
+A row of two chunks is compiled at the head dim whose second chunk is the least, and where that is held, the largest.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CHOICE: list[Case] = [
     (90, BF16, "poly3^16-l1", 128, False),
     *((capability, BF16, "poly6-l1", dim, False) for capability in (80, 90, 100) for dim in (80, 160)),  # two chunks
     (90, BF16, "poly4-l1", 80, True),
+    *((capability, FP32, "poly6-l1", 96, True) for capability in (86, 120)),
 ]  # fmt: skip
 ALL: list[Case] = [
     (capability, dtype, spec, dim, causal)
@@ -47,6 +49,14 @@ ALL: list[Case] = [
     for causal in (True, False)
 ]
 ALL.append((90, BF16, "poly4-l1", 96, True))
+ALL += [
+    (capability, dtype, spec, dim, causal)
+    for capability in (86, 120)
+    for dtype in (BF16, FP16, FP32)
+    for dim in (96, 192)
+    for spec in ("poly6-l1", "poly3")
+    for causal in (True, False)
+]
 ROWS = [case for case in ALL if case[2] in ("poly6-l1", "poly3") and case[4]]
 # Rows that spill and are shipped all the same: timed on an H200, they were by far faster than any that does not.
 FASTER = {(90, "grad_key_value", Configuration(32, 64, 4, 3))}
