@@ -91,7 +91,7 @@ $(PRIVATE)/.done: recipes/requirements-private.txt
 
 private: $(VENV)/.done $(PRIVATE)/.done
 	$(BIN)/python recipes/private_inference.py prepare --distill_steps 60
-	$(PRIVATE)/bin/python recipes/private_inference.py run --whole_samples 1 --loopback SEMI2K
+	$(PRIVATE)/bin/python recipes/private_inference.py run --whole_samples 1 --loopback SEMI2K ABY3
 	$(BIN)/python recipes/private_inference.py report
 
 clean:

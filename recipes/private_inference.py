@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--whole_samples", type=int, help="how many samples it is run on, shortest first; default: all")
     group.add_argument("--tokens", type=int, nargs="+", help="lengths of the samples that are run; default: all")
     group.add_argument("--add", action="store_true", help="keep what an earlier run measured and this one does not")
-    group.add_argument("--loopback", choices=["SEMI2K", "ABY3"], help="also as real processes, attention only")
+    group.add_argument(
+        "--loopback", nargs="+", default=[], choices=["SEMI2K", "ABY3"], help="also as real processes, attention only"
+    )
     group = parser.add_argument_group("report")
     group.add_argument("--write", type=Path, help="JSON to put the results into, beside those of other models")
     group.add_argument("--page", type=Path, help="Markdown whose tables are renewed from that JSON")
@@ -109,6 +112,9 @@ def read_texts(options: argparse.Namespace) -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
+    # Read when SPU is loaded. Its products of matrices take four threads a party, whatever OMP_NUM_THREADS says, which
+    # wait for one another in loops: more threads than cores made everything two to eight times as slow.
+    os.environ.setdefault("OMP_THREAD_LIMIT", "1")
     try:
         from private.measuring import Settings, measure
     except ImportError as error:
@@ -125,14 +131,28 @@ def run(options: argparse.Namespace) -> None:
     )
 
     file = options.output_dir / "private.json"
-    before = json.loads(file.read_text())["cases"] if options.add and file.is_file() else []
+    before = json.loads(file.read_text()) if options.add and file.is_file() else {"cases": []}
 
     def save(results: dict[str, Any]) -> None:
-        kept = [case for case in before if not any(same_measure(case, other) for other in results["cases"])]
         with written_beside(file) as partial:
-            partial.write_text(json.dumps(results | {"cases": kept + results["cases"]}, indent=1) + "\n")
+            partial.write_text(json.dumps(added(before, results), indent=1) + "\n")
 
     measure(options.output_dir, options.arms, settings, save)
+
+
+def added(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Returns results beside those of earlier runs that they do not measure again.
+
+    Raises:
+        PolyAttnError: the earlier ones are of another preparation, or were measured in another way.
+    """
+    shared = before.keys() & results.keys() - {"cases", "plain_error"}
+    changed = sorted(name for name in shared if before[name] != results[name])
+    if changed:
+        raise PolyAttnError(f"--add: {', '.join(changed)} changed since the earlier run; measure all anew")
+    kept = [case for case in before["cases"] if not any(same_measure(case, other) for other in results["cases"])]
+    plain_error = before.get("plain_error", {}) | results["plain_error"]
+    return results | {"plain_error": plain_error, "cases": kept + results["cases"]}
 
 
 def same_measure(case: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .owner import Plan
 
@@ -18,6 +19,7 @@ Array = Any
 Secrets = Mapping[str, Array]
 HIDDEN = -64.0  # nats; SPU's exp, (1 + x / 256)^256, is none below −256
 ROW_SUMS = (0.2, 5.0)  # between which a refinement looks at its row sum
+HEADS_AT_ONCE = 6  # in one product of matrices; see `by_head`
 
 
 def attention(plan: Plan, secrets: Secrets, query: Array, key: Array, value: Array, visible: np.ndarray) -> Array:
@@ -32,21 +34,24 @@ def attention(plan: Plan, secrets: Secrets, query: Array, key: Array, value: Arr
     keys = key.transpose(1, 2, 0)
     if "columns" in secrets:
         keys = jnp.concatenate([keys, secrets["columns"]], 2)
+    if plan.moments and plan.scaled:
+        keys = jnp.concatenate([keys, key.sum(0)[..., None]], 2)
     products = by_head(query, keys)
-    scores, forms = products[..., : len(visible)], products[..., len(visible) :]
+    scores = products[..., : len(visible)]
     if plan.kind == "softmax":
         weights, total = softmax_weights(scores, visible)
         return by_head(weights, value.transpose(1, 0, 2)) * (1.0 / total)[..., None]
     if plan.kind == "jax.nn.softmax":
         return by_head(jax.nn.softmax(lowered(scores, visible), -1), value.transpose(1, 0, 2))
     count = visible.sum(-1, dtype=np.float32)
-    y = scores - row_shift(plan, secrets, scores, forms, visible, count)[..., None]
+    shift = shift_of_all(plan, secrets, products) if plan.scaled else row_shift(plan, secrets, products, visible, count)
+    y = scores + (-shift)[..., None]
     for number in range(plan.refinements):
         part = {name.partition(".")[2]: x for name, x in secrets.items() if name.startswith(f"refinement{number}.")}
         y = y - refinement(plan, part, y, visible, count)[..., None]
     if plan.clamp:
         y = jnp.clip(y, -secrets["limit"][:, None], secrets["limit"][:, None])
-    weights = polynomial(y, secrets["coefficients"], plan.monic)
+    weights = polynomial(y, secrets["coefficients"], plan.monic, plan.factored)
     weights = weights if visible.all() else weights * visible[:, None]
     for _ in range(plan.power.bit_length() - 1):
         weights = weights * weights
@@ -58,17 +63,21 @@ def attention(plan: Plan, secrets: Secrets, query: Array, key: Array, value: Arr
 
 
 def by_head(rows: Array, columns: Array) -> Array:
-    """Returns the products of each head as one: (T, H, K), (H, K, N) → (T, H, N).
+    """Returns the products of each head, several in one: (T, H, K), (H, K, N) → (T, H, N).
 
-    The right factors stand on the diagonal of one matrix, with public zeros elsewhere: a secret product of matrices has
-    a price of its own, in rounds and in time, and twelve of them twelve times that.
+    A secret product of matrices has a price of its own in messages, so that the right factors of `HEADS_AT_ONCE` heads
+    stand on the diagonal of one matrix, with public zeros elsewhere: that many times the arithmetic and the bytes.
     """
+    heads = rows.shape[1]
+    parts = [slice(first, first + HEADS_AT_ONCE) for first in range(0, heads, HEADS_AT_ONCE)]
+    return jnp.concatenate([_in_one(rows[:, part], columns[part]) for part in parts], 1)
+
+
+def _in_one(rows: Array, columns: Array) -> Array:
     heads, inner, outer = columns.shape
-    if heads == 1:
-        return (rows[:, 0] @ columns[0])[:, None]
-    diagonal = [jnp.pad(columns[h], ((0, 0), (h * outer, (heads - 1 - h) * outer))) for h in range(heads)]
-    product = rows.reshape(len(rows), heads * inner) @ jnp.concatenate(diagonal, 0)
-    return product.reshape(len(rows), heads, outer)
+    diagonal = lax.pad(columns, np.float32(0.0), [(0, 0, heads), (0, 0, 0), (0, 0, 0)])
+    matrix = diagonal.reshape(heads, heads, inner, outer).transpose(0, 2, 1, 3).reshape(heads * inner, heads * outer)
+    return (rows.reshape(len(rows), heads * inner) @ matrix).reshape(len(rows), heads, outer)
 
 
 def softmax_weights(scores: Array, visible: np.ndarray) -> tuple[Array, Array]:
@@ -83,35 +92,72 @@ def lowered(scores: Array, visible: np.ndarray) -> Array:
     return scores if visible.all() else scores + np.where(visible > 0.0, 0.0, HIDDEN).astype(np.float32)[:, None]
 
 
-def row_shift(
-    plan: Plan, secrets: Secrets, scores: Array, forms: Array, visible: np.ndarray, count: np.ndarray
-) -> Array:
-    """Returns center + s_i in radii, (T, H) or (H,); DESIGN.md, "The row shift".
+def shift_of_all(plan: Plan, secrets: Secrets, products: Array) -> Array:
+    """Returns what `row_shift` does, of rows that see all keys: (T, H) or (H,).
 
-    s_i = … + a₀ m + a₁ v + a₂ m² + Σ b (u·q)² + a₃ (m v) + (a₄ + a₅ v) v², the products of a line in one.
+    Args:
+        plan: public.
+        secrets: of `owner.for_length`.
+        products: of the query with keys, columns and the sum of the keys, (T, H, T + C + 1).
     """
     if "columns" not in secrets:
         return secrets["constant"]
+    keys = len(products)
+    shift = secrets["constant"] + products[..., keys]
+    if not plan.moments:
+        return shift
+    squared = products * products
+    total, square = products[..., -1], squared[..., -1]
+    # n Σ x² − (Σ x)² is n² v, and needs no product: one with a constant is cut back to its digits, in a round.
+    sums = jnp.stack([total, times(keys, squared[..., :keys].sum(-1)) - square, square], -1)
+    scales = np.float32([1.0 / keys, plan.inverse_square, plan.inverse_square])
+    mean, variance, mean_square = jnp.moveaxis(sums * scales, -1, 0)
+    return shift + featured(secrets["features"], mean, variance, mean_square, squared[..., keys + 1 : -1])
+
+
+def times(number: int, x: Array) -> Array:
+    """Returns number · x by sums, which cost nothing."""
+    if number == 1:
+        return x
+    half = times(number // 2, x)
+    return half + half + x if number % 2 else half + half
+
+
+def row_shift(plan: Plan, secrets: Secrets, products: Array, visible: np.ndarray, count: np.ndarray) -> Array:
+    """Returns center + s_i in radii, (T, H) or (H,); DESIGN.md, "The row shift"."""
+    if "columns" not in secrets:
+        return secrets["constant"]
+    scores, forms = products[..., : len(visible)], products[..., len(visible) :]
     if not plan.moments:
         return secrets["constant"] + forms[..., 0]
     held = np.clip(count, *plan.lengths)
     seen = scores if visible.all() else scores * visible[:, None]
     # Products of independent numbers are one, each round being one whatever its size.
-    shape = forms.shape[:2]
-    by_length = [jnp.broadcast_to(secrets[name], shape) for name in ("log", "held_log", "held_inverse")]
+    by_length = [jnp.broadcast_to(secrets[name], forms.shape[:2]) for name in ("log", "held_log", "held_inverse")]
     known = np.stack([1.0 / count, np.log(held), np.log(count), np.log(held), 1.0 / held], -1).astype(np.float32)
     scaled = jnp.stack([seen.sum(-1), forms[..., 1], *by_length], -1) * known[:, None]
     mean, shift = scaled[..., 0], secrets["constant"] + forms[..., 0] + scaled[..., 1:].sum(-1)
     squared = jnp.concatenate([seen, mean[..., None], forms[..., 2:]], -1) ** 2
     second, mean_square, squares = jnp.split(squared, [len(visible), len(visible) + 1], -1)
     variance = second.sum(-1) * (1.0 / count).astype(np.float32)[:, None] - mean_square[..., 0]
-    weights = [jnp.broadcast_to(w, shape) for w in secrets["features"].T]
-    left = [mean, variance, mean_square[..., 0], *jnp.moveaxis(squares, -1, 0), variance, mean, variance]
-    right = [weights[0], weights[1], weights[2], *weights[6:], weights[5], variance, variance]
+    return shift + featured(secrets["features"], mean, variance, mean_square[..., 0], squares)
+
+
+def featured(weights: Array, mean: Array, variance: Array, mean_square: Array, squares: Array) -> Array:
+    """Returns a₀ m + a₁ v + a₂ m² + Σ b (u·q)² + a₃ m v + (a₄ + a₅ v) v², (T, H), with the products of a line in one.
+
+    Args:
+        weights: a₀ to a₅, then b, (H, 6 + R).
+        mean, variance, mean_square: m, v and m², (T, H).
+        squares: (u·q)², (T, H, R).
+    """
+    first = [jnp.broadcast_to(w, mean.shape) for w in weights.T]
+    left = [mean, variance, mean_square, *jnp.moveaxis(squares, -1, 0), variance, mean, variance]
+    right = [first[0], first[1], first[2], *first[6:], first[5], variance, variance]
     products = jnp.stack(left, -1) * jnp.stack(right, -1)
     last = products[..., -2:]  # m v, v²
-    higher = jnp.stack([weights[3], weights[4] + products[..., -3]], -1) * last
-    return shift + products[..., :-3].sum(-1) + higher.sum(-1)
+    higher = jnp.stack([first[3], first[4] + products[..., -3]], -1) * last
+    return products[..., :-3].sum(-1) + higher.sum(-1)
 
 
 def refinement(plan: Plan, part: Secrets, y: Array, visible: np.ndarray, count: np.ndarray) -> Array:
@@ -132,10 +178,19 @@ def refinement(plan: Plan, part: Secrets, y: Array, visible: np.ndarray, count: 
     return g
 
 
-def polynomial(y: Array, coefficients: Array, monic: bool) -> Array:
-    """Returns p(y) of (T, H, T) by ascending coefficients (H, P + 1), of which the last is 1 if monic."""
+def polynomial(y: Array, coefficients: Array, monic: bool, factored: bool = False) -> Array:
+    """Returns p(y) of (T, H, T).
+
+    Args:
+        y: (T, H, T).
+        coefficients: ascending, (H, P + 1).
+        monic: the last is 1.
+        factored: they are c, a, b, 1 of (y² + a) (y + b) + c: a square is cheaper than a product.
+    """
     c = coefficients[:, :, None]
     degree = coefficients.shape[1] - 1
+    if factored:
+        return (y * y + c[:, 1]) * (y + c[:, 2]) + c[:, 0]
     p = y + c[:, degree - 1] if monic else c[:, degree] * y + c[:, degree - 1]
     for k in range(degree - 2, -1, -1):
         p = p * y + c[:, k]

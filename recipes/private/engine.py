@@ -18,22 +18,25 @@ from spu.utils import frontend, simulation
 
 PROTOCOLS = {"SEMI2K": 2, "ABY3": 3}
 _TOOK = re.compile(r"SPU execution .* completed, .*execution took ([0-9.e+-]+)s")
+_OPERATIONS = re.compile(r"HLO profiling: total time ([0-9.e+-]+)")
 _LINK = re.compile(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run, as party 0 sees it.
+    """Of one run: the longest time of a party, and the mean of what each sent and waited for: in ABY3 roles go round.
 
     Attributes:
-        seconds: of the program, without compiling it and without sharing its inputs.
-        bytes_sent: by party 0.
-        rounds: messages that party 0 waited for.
+        seconds: of the program's operations, without compiling it and without sharing its inputs.
+        seconds_with_parsing: also of SPU's reading of the compiled program, which a party does once.
+        bytes_sent: by a party.
+        rounds: messages that a party waited for.
     """
 
     seconds: float
-    bytes_sent: int
-    rounds: int
+    seconds_with_parsing: float
+    bytes_sent: float
+    rounds: float
 
 
 class Engine:
@@ -62,12 +65,13 @@ class Engine:
         executable, _ = frontend.compile(
             frontend.Kind.JAX, function, arguments, {}, names, [libspu.Visibility.VIS_SECRET] * len(leaves), numbered
         )
-        io = api.Io(self.parties, configuration(self.settings, 0))
+        io = api.Io(self.parties, configuration(self.settings))
         shares = [io.make_shares(np.array(leaf), libspu.Visibility.VIS_SECRET) for leaf in leaves]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "spu.log"
             outputs = (self._among_processes if self.processes else self._among_threads)(executable, names, shares, log)
-            return io.reconstruct(outputs), read_cost(log.read_text())
+            logs = [file.read_text() for file in Path(folder).iterdir()]
+            return io.reconstruct(outputs), read_cost("".join(logs), self.parties)
 
     def _among_threads(self, executable: Any, names: list[str], shares: list[Any], log: Path) -> list[Any]:
         log_to(log)
@@ -113,7 +117,7 @@ def party_process(
 ) -> None:
     """Is one party: has its shares of the inputs, and gives back its share of the output, or what went wrong."""
     try:
-        log_to(log if rank == 0 else log.with_name(f"spu-{rank}.log"))
+        log_to(log.with_name(f"spu-{rank}.log"))
         executable = libspu.Executable()
         executable.ParseFromString(program)
         link = libspu.link.create_brpc(link_to(addresses), rank)
@@ -125,21 +129,21 @@ def party_process(
 
 def one_party(link: Any, settings: tuple[str, str, int], executable: Any, names: list[str], shares: list[Any]) -> Any:
     """Runs a party's part and returns its share of the output."""
-    runtime = api.Runtime(link, configuration(settings, link.rank))
+    runtime = api.Runtime(link, configuration(settings))
     for name, share in zip(names, shares, strict=True):
         runtime.set_var(name, share)
     runtime.run(executable)
     return runtime.get_var("out0")
 
 
-def configuration(settings: tuple[str, str, int], rank: int) -> Any:
-    """Returns SPU's configuration of a party; party 0 keeps the profile."""
+def configuration(settings: tuple[str, str, int]) -> Any:
+    """Returns SPU's configuration of a party, which keeps a profile."""
     protocol, field, fraction_bits = settings
     kinds = {name: getattr(libspu.ProtocolKind, name) for name in PROTOCOLS}
     config = libspu.RuntimeConfig(
         protocol=kinds[protocol], field=getattr(libspu.FieldType, field), fxp_fraction_bits=fraction_bits
     )
-    config.enable_pphlo_profile = rank == 0
+    config.enable_pphlo_profile = True
     return config
 
 
@@ -169,9 +173,10 @@ def free_addresses(count: int) -> list[str]:
     return addresses
 
 
-def read_cost(log: str) -> Cost:
-    """Returns the cost of the run that a log of party 0 tells of."""
-    took, link = _TOOK.findall(log), _LINK.findall(log)
-    if len(took) != 1 or len(link) != 1:
-        raise RuntimeError(f"SPU's log has no profile of one run, but {len(took)}: {log[-300:]!r}")
-    return Cost(float(took[0]), int(link[0][0]), int(link[0][3]))
+def read_cost(log: str, parties: int) -> Cost:
+    """Returns the cost of the run that the logs of all parties tell of."""
+    operations, took, links = (pattern.findall(log) for pattern in (_OPERATIONS, _TOOK, _LINK))
+    if not len(operations) == len(took) == len(links) == parties:
+        raise RuntimeError(f"SPU's logs have {len(links)} profiles of one run, not {parties}: {log[-300:]!r}")
+    sent, waited = (sum(int(link[i]) for link in links) / parties for i in (0, 3))
+    return Cost(max(map(float, operations)), max(map(float, took)), sent, waited)

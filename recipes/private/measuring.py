@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import product
@@ -41,7 +41,8 @@ class Prepared:
         softmax: softmax's.
     """
 
-    def __init__(self, folder: Path, arm: str) -> None:
+    def __init__(self, folder: Path, arm: str, fraction_bits: int) -> None:
+        self.fraction_bits = fraction_bits
         place = folder / arm.replace(" ", "_")
         self.arm, self.model = arm, load(read_checkpoint(place))
         polynomial = [layer is not None for layer in self.model.checkpoint.polynomials]
@@ -64,7 +65,7 @@ class Prepared:
 
     def of(self, number: int) -> Model:
         """Returns the model for a sample."""
-        return for_length(self.model, len(self.samples[number]))
+        return for_length(self.model, len(self.samples[number]), self.fraction_bits)
 
     def check_plain(self, number: int) -> float:
         """Returns how far JAX is from PyTorch in plain text, over the largest number.
@@ -147,7 +148,7 @@ class Settings:
         tokens: lengths of the samples that are run; None for all.
         field, fraction_bits: of the fixed-point numbers.
         layer: whose attention is run alone.
-        loopback: a protocol that is run as real processes too: attention of the first sample, each arm once.
+        loopback: protocols that are run as real processes too: attention of the first sample, each arm once.
     """
 
     protocols: Sequence[str]
@@ -158,7 +159,25 @@ class Settings:
     field: str = "FM64"
     fraction_bits: int = 18
     layer: int = 0
-    loopback: str | None = None
+    loopback: Sequence[str] = ()
+
+    def jobs(self, numbers: Sequence[int]) -> list[Job]:
+        """Returns what is run on samples of these numbers, in order: attention before the longer whole."""
+        attention, whole = product(numbers, self.protocols), product(numbers[: self.whole_samples], self.protocols)
+        jobs = [Job("attention", number, protocol, self.repeats) for number, protocol in attention]
+        jobs += [Job("attention", numbers[0], protocol, 1, processes=True) for protocol in self.loopback]
+        return jobs + [Job("whole", number, protocol, self.whole_repeats) for number, protocol in whole]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Programs that are compared: a part of the model, `attention` or `whole`, on a sample, of each arm in turn."""
+
+    part: str
+    number: int
+    protocol: str
+    repeats: int
+    processes: bool = False
 
 
 def measure(
@@ -170,12 +189,12 @@ def measure(
         folder: that `preparing` wrote.
         arms: to run, of those there.
         settings: how.
-        save: takes the results so far, after each protocol and sample.
+        save: takes the results so far, after each run.
 
     Raises:
         PlainTextError, RangeError, InputError: before anything is shared.
     """
-    prepared = [Prepared(folder, arm) for arm in arms]
+    prepared = [Prepared(folder, arm, settings.fraction_bits) for arm in arms]
     lengths = [len(sample) for sample in prepared[0].samples]
     numbers = [n for n, length in enumerate(lengths) if settings.tokens is None or length in settings.tokens]
     if not numbers:
@@ -183,48 +202,46 @@ def measure(
     plain_error = {arm.arm: max(arm.check_plain(number) for number in numbers) for arm in prepared}
     programs = {number: _programs(prepared, number, settings) for number in numbers}
     results: dict[str, Any] = {
-        **asdict(settings),
-        "parties": {protocol: PROTOCOLS[protocol] for protocol in settings.protocols},
+        **{name: getattr(settings, name) for name in ("field", "fraction_bits", "layer")},
+        "parties": PROTOCOLS,
         "prepared": json.loads((folder / "prepared.json").read_text()),
         "plain_error": plain_error,
         "whole_begins_with": "tokens" if prepared[0].model.vocabulary <= LOOKED_UP else "embeddings",
         "versions": {name: metadata.version(name) for name in ("spu", "jax", "numpy")}
         | {"python": platform.python_version()},
         "cores": os.cpu_count(),
+        "threads_a_product": os.environ.get("OMP_THREAD_LIMIT"),
         "cases": [],
     }
-
-    def add(protocol: str, number: int, name: str, **more: Any) -> None:
-        case = {"arm": name, "protocol": protocol, "tokens": len(prepared[0].samples[number]), "sample": number}
-        results["cases"].append(case | more)
-        print(json.dumps(results["cases"][-1]), flush=True)
-
-    for number, protocol in product(numbers, settings.protocols):
-        runs = _taking_turns(_engine(protocol, settings), programs[number]["attention"], settings.repeats)
-        for name, found in runs.items():
-            if found:
-                error = programs[number]["error"](name, found[0][0])
-                add(protocol, number, name, attention=summed_up([cost for _, cost in found]), error=error)
-        save(results)
-    if settings.loopback is not None:
-        engine = _engine(settings.loopback, settings, processes=True)
-        first = numbers[0]
-        for name, [(output, cost)] in _taking_turns(engine, programs[first]["attention"], 1).items():
-            error = programs[first]["error"](name, output)
-            add(settings.loopback, first, name, processes=True, attention=summed_up([cost]), error=error)
-        save(results)
-    for number, protocol in product(numbers[: settings.whole_samples], settings.protocols):
-        runs = _taking_turns(_engine(protocol, settings), programs[number]["whole"], settings.whole_repeats)
-        for arm in prepared:
-            if runs[arm.arm]:
-                outcome = _outcome(arm, number, runs[arm.arm][0][0])
-                add(protocol, number, arm.arm, whole=summed_up([cost for _, cost in runs[arm.arm]]), **outcome)
-        save(results)
+    for job in settings.jobs(numbers):
+        earlier = results["cases"]
+        for cases in _cases(job, prepared, programs[job.number], settings):
+            results["cases"] = earlier + cases
+            save(results)
+            print(json.dumps(cases[-1]), flush=True)
     return results
 
 
-def _engine(protocol: str, settings: Settings, processes: bool = False) -> Engine:
-    return Engine(protocol, settings.field, settings.fraction_bits, processes)
+def _cases(
+    job: Job, prepared: list[Prepared], programs: dict[str, Any], settings: Settings
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the cases of a job after each run; arms take turns, so that all see the same machine."""
+    engine = Engine(job.protocol, settings.field, settings.fraction_bits, job.processes)
+    arms = {arm.arm: arm for arm in prepared}
+    costs: dict[str, list[Cost]] = {}
+    outcomes: dict[str, dict[str, float]] = {}
+    for name in [*programs[job.part]] * job.repeats:
+        program, *inputs = programs[job.part][name]
+        output, cost = engine.run(program, *inputs)
+        costs.setdefault(name, []).append(cost)
+        if name not in outcomes and job.part == "whole":
+            outcomes[name] = _outcome(arms[name], job.number, output)
+        elif name not in outcomes:
+            outcomes[name] = {"error": programs["error"](name, output)}
+        about = {"protocol": job.protocol, "tokens": len(prepared[0].samples[job.number]), "sample": job.number}
+        about |= {"processes": True} if job.processes else {}
+        order = [other for other in costs if other != name] + [name]
+        yield [{"arm": arm} | about | {job.part: summed_up(costs[arm])} | outcomes[arm] for arm in order]
 
 
 def _programs(prepared: list[Prepared], number: int, settings: Settings) -> dict[str, Any]:
@@ -251,15 +268,6 @@ def _programs(prepared: list[Prepared], number: int, settings: Settings) -> dict
         return float(np.abs(output - expected).max() / np.abs(expected).max())
 
     return {"attention": attention, "whole": whole, "error": error}
-
-
-def _taking_turns(engine: Engine, programs: dict[str, Any], repeats: int) -> dict[str, list[tuple[np.ndarray, Cost]]]:
-    """Returns the outputs and costs of each program's repeats."""
-    found: dict[str, list[tuple[np.ndarray, Cost]]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, (program, *inputs) in programs.items():
-            found[name].append(engine.run(program, *inputs))
-    return found
 
 
 def _outcome(arm: Prepared, number: int, output: np.ndarray) -> dict[str, float]:

@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 from scipy.special import erf
 
+from . import owner
 from .attention import attention
 from .checkpoint import Checkpoint
-from .owner import Prepared, prepare
+from .owner import Prepared
 
 Array = Any
 Weights = dict[str, Array]
@@ -115,7 +116,7 @@ def load(checkpoint: Checkpoint) -> Model:
     tensors = dict(checkpoint.tensors)
     bert = not checkpoint.causal
     width = int(checkpoint.config["hidden_size" if bert else "n_embd"])
-    layers = prepare(checkpoint, width // checkpoint.heads)
+    layers = owner.prepare(checkpoint, width // checkpoint.heads)
     for number, layer in enumerate(layers):
         query, value = (
             np.repeat(scale, width // checkpoint.heads).astype(np.float32)
@@ -138,16 +139,17 @@ def load(checkpoint: Checkpoint) -> Model:
     return Model(checkpoint, layers, {name: x for name, x in tensors.items() if name not in unused})
 
 
-def for_length(model: Model, length: int) -> Model:
-    """Returns a model for sequences of one length, of which rows see all: n^(−alpha) is then the owner's factor too."""
+def for_length(model: Model, length: int, fraction_bits: int) -> Model:
+    """Returns a model for sequences of one length, of which rows see all: see `owner.for_length`."""
     if model.checkpoint.causal:
         return model
-    weights = dict(model.weights)
-    for number, layer in enumerate(model.layers):
+    layers = [owner.for_length(layer, length, fraction_bits) for layer in model.layers]
+    weights = {name: x for name, x in model.weights.items() if not name.startswith("attention")}
+    for number, layer in enumerate(layers):
         for kind in ("weight", "bias"):
             name = f"encoder.layer.{number}.attention.self.value.{kind}"
             weights[name] = weights[name] * np.float32(length**-layer.plan.alpha)
-    layers = [replace(layer, plan=replace(layer.plan, scaled=True)) for layer in model.layers]
+        weights |= {f"attention{number}.{name}": x for name, x in layer.secrets.items()}
     return replace(model, layers=layers, weights=weights)
 
 

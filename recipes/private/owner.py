@@ -9,7 +9,7 @@ what is left of the polynomial has 1 there, and costs degree − 1 products a sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,12 @@ class Plan:
         row_sum: whether its row sum divides.
         alpha: of the fixed normalizer n^(−alpha), 0 for l1.
         monic: whether the highest coefficient is in the values.
+        factored: whether the coefficients are those of a cubic (y² + a) (y + b) + c.
         moments: whether mean and variance of the scores shift a row.
         lengths: of the calibration, between which n is held for the features of the length.
         refinements: how often the row sum does.
-        scaled: whether the fixed normalizer is in the values, for one public length.
+        scaled: whether rows see all keys, and what their number decides is in the weights.
+        inverse_square: n^(−2) as a fixed-point number holds it, where it does.
     """
 
     kind: str = "softmax"
@@ -50,10 +52,12 @@ class Plan:
     row_sum: bool = False
     alpha: float = 0.0
     monic: bool = True
+    factored: bool = False
     moments: bool = False
     lengths: tuple[float, float] = (1.0, 1e9)
     refinements: int = 0
     scaled: bool = False
+    inverse_square: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,9 @@ def prepare_layer(layer: PolynomialLayer | None, heads: int, head_dim: int) -> P
         return Prepared(Plan(), {}, scaling * ones, ones)
     spec, tensors = layer.spec, layer.tensors
     coefficients, unit, monic, leading = _scaled(effective_coefficients(layer, heads), spec)
+    factored = monic and spec.degree == 3
+    if factored:
+        coefficients = coefficients - coefficients[:, 1:2] * coefficients[:, 2:3] * [1.0, 0.0, 0.0, 0.0]
     radius = (tensors["radius"] if layer.interval else ones) / unit
     alpha = ALPHA[spec.normalizer]
     secrets: dict[str, Any] = {"coefficients": coefficients} | _shift(layer, radius, alpha)
@@ -94,6 +101,7 @@ def prepare_layer(layer: PolynomialLayer | None, heads: int, head_dim: int) -> P
         row_sum=spec.normalizer == "l1",
         alpha=alpha,
         monic=monic,
+        factored=factored,
         moments=layer.moments,
         lengths=tuple(tensors["moments.lengths"].tolist()) if layer.moments else (1.0, 1e9),
         refinements=spec.refinements,
@@ -174,6 +182,33 @@ def _refinement(layer: PolynomialLayer, number: int, radius: np.ndarray) -> dict
         f"{name}.limit": own / radius,
         f"{name}.steps": steps / radius[:, None],
     }
+
+
+def for_length(layer: Prepared, length: int, fraction_bits: int) -> Prepared:
+    """Returns the attention of rows that see all of so many keys: what a length decides is in the owner's numbers.
+
+    n^(−alpha) is a factor of the values then, which the weights take.
+
+    Args:
+        layer: of `prepare`.
+        length: public.
+        fraction_bits: of the fixed-point numbers, in which n^(−2) has few digits.
+    """
+    plan, secrets = replace(layer.plan, scaled=True), dict(layer.secrets)
+    if plan.moments:
+        held = float(np.clip(length, *plan.lengths))
+        log, held_log, held_inverse = (secrets.pop(name) for name in ("log", "held_log", "held_inverse"))
+        constant = secrets["constant"] + log * np.log(length) + held_log * np.log(held) + held_inverse / held
+        linear, of_length, squares = np.split(secrets["columns"], [1, 2], -1)
+        columns = np.concatenate([linear + np.log(held) * of_length, squares], -1)
+        inverse_square = max(round(2.0**fraction_bits / length**2), 1) / 2.0**fraction_bits
+        plan = replace(plan, inverse_square=inverse_square)
+        # v, m², m v, v² and v³ are off by what n^(−2) is, to the power that they have of it.
+        excess = np.ones(secrets["features"].shape[1])
+        excess[1:6] = (length**2 * inverse_square) ** np.array([1, 1, 1, 2, 3])
+        own = {"constant": constant, "columns": columns, "features": secrets["features"] / excess}
+        secrets |= {name: np.asarray(x, np.float32) for name, x in own.items()}
+    return replace(layer, plan=plan, secrets=secrets)
 
 
 def prepare(checkpoint: Checkpoint, head_dim: int) -> list[Prepared]:

@@ -11,6 +11,14 @@ from hf_polyattn.figures.style import INK, canvas, color_of, save, styled
 from hf_polyattn.tables import format_table
 
 BASELINE = "softmax"
+#: Bits a second and seconds that a message takes one way, of the networks that costs are computed for.
+NETWORKS = {"LAN": (1e9, 0.0005), "WAN": (1e8, 0.02)}
+
+
+def over(network: str, cost: dict[str, Any]) -> float:
+    """Returns computed seconds: those measured, the bytes at the network's rate, and its delay for each message."""
+    rate, delay = NETWORKS[network]
+    return float(cost["seconds"] + 8.0 * cost["bytes_sent"] / rate + cost["rounds"] * delay)
 
 
 def baseline_of(results: dict[str, Any], case: dict[str, Any], part: str) -> dict[str, Any]:
@@ -39,8 +47,9 @@ def rows_of(results: dict[str, Any], part: str) -> list[tuple[str, ...]]:
                 f"{cost['seconds']:.2f}",
                 f"{base['seconds'] / cost['seconds']:.2f}",
                 f"{cost['bytes_sent'] / 2**20:.1f}",
-                str(cost["rounds"]),
+                f"{cost['rounds']:.0f}",
                 f"{cost['rounds'] / base['rounds']:.2f}",
+                *(f"{over(name, cost):.2f} ({over(name, base) / over(name, cost):.1f} ×)" for name in NETWORKS),
                 *([] if part == "attention" else ["–" if outcome is None else f"{outcome:.4f}"]),
             )
         )
@@ -48,6 +57,7 @@ def rows_of(results: dict[str, Any], part: str) -> list[tuple[str, ...]]:
 
 
 HEADER = ("protocol", "tokens", "arm", "seconds", "times softmax's speed", "MiB sent", "rounds", "of softmax's rounds")
+HEADER += tuple(f"{name}, computed" for name in NETWORKS)
 
 
 def table(results: dict[str, Any]) -> str:

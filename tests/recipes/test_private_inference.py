@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,12 +89,47 @@ def test_an_encoder_is_the_same_in_jax(spu_python: str, tmp_path: Path, checkpoi
     words = ["--output_dir", tmp_path / "out", "--arms", *SENTENCES]
     of_model = ["--model", checkpoint("minilm"), "--layers", 1, "--lengths", 12, "--sequences", 2]
     succeed(sys.executable, "recipes/private_inference.py", "prepare", *words, *of_model)
-    run = ["--protocols", "ABY3", "--repeats", 1, "--whole_repeats", 0]
+    run = ["--protocols", "ABY3", "--repeats", 1, "--whole_repeats", 0, "--loopback", "SEMI2K"]
     succeed(spu_python, "recipes/private_inference.py", "run", *words, *run)
     results = json.loads((tmp_path / "out/private.json").read_text())
     assert max(results["plain_error"].values()) < 1e-4
     assert max(case["error"] for case in results["cases"]) < 0.01
-    assert {case["arm"] for case in results["cases"]} == {*SENTENCES, "jax.nn.softmax"}
+    for processes in (None, True):
+        arms = [case["arm"] for case in results["cases"] if case.get("processes") == processes]
+        assert arms == ["softmax", "jax.nn.softmax", "poly3"]
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has(spu_python: str, molecules: Path, tmp_path: Path) -> None:
+    shutil.copytree(molecules, tmp_path / "out", ignore=shutil.ignore_patterns("private.*"))
+    words = ["run", "--output_dir", tmp_path / "out", "--protocols", "SEMI2K", "--arms", *ARMS]
+    command = [spu_python, "recipes/private_inference.py", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        process.kill()
+    cases = json.loads((tmp_path / "out/private.json").read_text())["cases"]
+    assert cases[0] == first
+    assert 1 <= len(cases) < len(ARMS)
+
+
+BY_HEAD = """
+import sys
+sys.path[:0] = ["recipes", "."]
+from private.attention import HEADS_AT_ONCE, by_head
+import numpy as np
+rows, columns = np.random.default_rng(0).normal(size=(2, 8, 5, 5)).astype(np.float32)
+for heads in (1, HEADS_AT_ONCE, HEADS_AT_ONCE + 2):
+    found = by_head(rows[:heads].transpose(1, 0, 2)[:3], columns[:heads, :, :4])
+    wanted = np.einsum("htk,hkn->thn", rows[:heads, :3], columns[:heads, :, :4])
+    print(found.shape == wanted.shape, *(np.abs(found - x).max() < 1e-5 for x in (wanted, wanted[:, ::-1])))
+"""
+
+
+def test_products_of_several_heads_are_those_of_each(spu_python: str) -> None:
+    """A group of heads, and one that is not full; heads in another order are not the same."""
+    one, *more = succeed(spu_python, "-c", BY_HEAD).splitlines()
+    assert one == "True True True"
+    assert more == ["True True False"] * 2
 
 
 TOO_LARGE = """
@@ -126,6 +162,34 @@ def test_the_page_has_the_measured_tables() -> None:
     assert all(f"<!-- {name} -->" in text for name in tables)
     with pytest.raises(hp.InputError, match="the page has no <!-- depths -->"):
         reporting.page("no table", tables)
+
+
+def case(arm: str, seconds: float, **more: Any) -> dict[str, Any]:
+    cost = {"seconds": seconds, "bytes_sent": 10**6, "rounds": 100}
+    return {"arm": arm, "protocol": "ABY3", "tokens": 8, "sample": 0, "attention": cost} | more
+
+
+def test_networks_are_computed_from_bytes_and_messages() -> None:
+    """8 Mbit and 100 messages: 8 ms and 50 ms in a LAN, 80 ms and 2 s in a WAN."""
+    reporting = importlib.import_module("private.reporting")
+    cost = case("softmax", 0.1)["attention"]
+    assert reporting.over("LAN", cost) == pytest.approx(0.158)
+    assert reporting.over("WAN", cost) == pytest.approx(2.18)
+    slow, fast = reporting.rows_of({"cases": [case("softmax", 0.1), case("poly3", 0.021)]}, "attention")
+    assert slow[-2:] == ("0.16 (1.0 ×)", "2.18 (1.0 ×)")
+    assert fast[-2:] == ("0.08 (2.0 ×)", "2.10 (1.0 ×)")
+
+
+def test_a_run_is_added_to_what_it_does_not_measure_again() -> None:
+    added = importlib.import_module("private_inference").added
+    plain = {"field": "FM64", "plain_error": {"softmax": 1e-5}}
+    before = plain | {"cases": [case("softmax", 1.0), case("poly3", 1.0), case("softmax", 1.0, processes=True)]}
+    results = {"field": "FM64", "plain_error": {"poly4": 2e-5}, "cases": [case("softmax", 2.0)]}
+    together = added(before, results)
+    assert together["cases"] == [case("softmax", 1.0, processes=True), case("softmax", 2.0)]
+    assert together["plain_error"] == {"softmax": 1e-5, "poly4": 2e-5}
+    with pytest.raises(hp.PolyAttnError, match="--add: field changed since the earlier run; measure all anew"):
+        added(before, results | {"field": "FM128"})
 
 
 # ---------------------------------------------------------------- what is refused, without SPU
