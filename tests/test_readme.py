@@ -84,5 +84,5 @@ def test_adaptation() -> None:
         data = read(f"model_cards/{name}.json")
         summary = {arm: next(iter(measures.values()))["mean"] for arm, measures in data["summary"].items()}
         control = summary["control"] if "control" in summary else next(iter(data["published"].values()))
-        expected = [control, *(summary[arm] for arm in ("lossless", "normalised", "paper", "bare"))]
+        expected = [control, *(summary[arm] for arm in ("lossless", "normalised", "paper", "refined", "bare"))]
         assert [float(cell.split()[0]) for cell in cells.split("|")] == [round(value, 4) for value in expected]
