@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = (
     "benchmarks/demo.png",
     "benchmarks/cpu.png",
+    "benchmarks/h200.png",
     "model_cards/from-scratch-vit.png",
     "model_cards/llama-stories260K.png",
 )

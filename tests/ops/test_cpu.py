@@ -216,6 +216,7 @@ def test_kernels_for_lesser_machines_are_right_too(capability: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     # oneDNN reads its own variable: without it, it multiplies as on this machine
     environment["ONEDNN_MAX_CPU_ISA"] = {"avx2": "AVX2", "default": "SSE41"}[capability]
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     command = [sys.executable, "-c", RUN_SMALL_MATRIX]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parent

@@ -29,17 +29,17 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Case = tuple[int, torch.dtype, str, int, bool]  # capability, dtype, spec, head dim, causal
 
 CHOICE: list[Case] = [
-    *((capability, dtype, "poly6-l1", dim, True)  # of all specs, the one with the most registers
-      for capability in (80, 90, 100) for dtype, dim in ((BF16, 64), (BF16, 128), (FP16, 256))),
-    *((capability, BF16, "poly6-l1", dim, True) for capability in (86, 89, 120) for dim in (64, 128)),
+    # of all specs, the one with the most registers
+    *((capability, BF16, "poly6-l1", 128, True) for capability in (80, 90, 100, 120)),
+    *((capability, BF16, "poly6-l1", 64, True) for capability in (86, 90)),
+    (80, FP16, "poly6-l1", 256, True),
     (80, FP32, "poly3^16-l1", 64, True),  # the least shared memory, the widest elements
     (90, BF16, "poly3", 128, False),
     (90, BF16, "poly3-calibrated", 64, False),
-    (90, BF16, "poly3^16-l1", 128, False),
-    *((capability, BF16, "poly6-l1", dim, False) for capability in (80, 90, 100) for dim in (80, 160)),  # two chunks
-    (90, BF16, "poly4-l1", 80, True),
+    (80, BF16, "poly6-l1", 160, False),  # two chunks
+    (90, BF16, "poly6-l1", 80, False),
     *((capability, FP32, "poly6-l1", 96, True) for capability in (86, 120)),
-]  # fmt: skip
+]
 ALL: list[Case] = [
     (capability, dtype, spec, dim, causal)
     for capability in CAPABILITIES
