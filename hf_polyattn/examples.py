@@ -124,8 +124,14 @@ def read_examples(
     if chosen is None:
         wanted = "texts" if text else "images"
         raise InputError(f"{data}, split {split!r}, has no {wanted} in {names}; it has {len(rows)} rows, set --column")
-    call = f"read_examples(processor, {data!r}, {config!r}, {split!r}, {column!r}, {count})"
+    call = f"read_examples(processor, {from_anywhere(data)!r}, {config!r}, {split!r}, {column!r}, {count})"
     return Examples(rows[: min(len(rows), count)][chosen], call)
+
+
+def from_anywhere(name: str) -> str:
+    """Returns a folder or file by its whole path, for a script that may run elsewhere; a Hub id as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _rows(data: str, config: str | None, split: str) -> Any:

@@ -120,7 +120,7 @@ class _Page:
     def _examples_label(self) -> str:
         """Says what the texts are: those of Python's documentation are nobody's own."""
         if getattr(self.session.examples, "call", "").startswith("documentation_sentences"):
-            return "Python's documentation, for want of --data. Put texts like those to come here, a line for each"
+            return "Texts, a line for each: at first Python's documentation, for want of --data; put your own here"
         return "Texts, a line for each"
 
     def _choices(self) -> None:

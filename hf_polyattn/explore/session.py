@@ -19,7 +19,7 @@ from ..adaptation.calibration import CalibrationReport, calibrate
 from ..adaptation.capture import model_inputs
 from ..adaptation.quality import similarity
 from ..errors import InputError, PolyAttnError
-from ..examples import Examples, documentation_sentences, encode, load_model, load_processor
+from ..examples import Examples, documentation_sentences, encode, from_anywhere, load_model, load_processor
 from ..figures import AttentionMap, HeadCurve
 from ..files import written_beside
 from ..patching.core import is_patched
@@ -204,7 +204,7 @@ class Session:
         """Returns the lines of a script that do what was done here; see `script`."""
         return script(
             self.model,
-            self.name,
+            from_anywhere(self.name),
             self.processor,
             polynomial=self.loaded_polynomial,
             calibration=self._calibration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,23 @@ def test_the_code_reads_a_data_set_again(session: Make, shared: Callable[[str], 
     made.turn("poly3", [" ".join(one.split()) for one in made.examples])  # as they come back from the page
     assert "read_examples(processor, " in made.code()
     assert same_in_a_script(made, tmp_path / "again")
+
+
+def test_the_code_runs_in_any_folder(
+    session: Make, shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = shared("datasets/zinc/test.parquet")
+    monkeypatch.chdir(data.parent)
+    made = session("gpt2-zinc", 1)
+    made.name = os.path.relpath(made.name)  # as one may start the explorer
+    made.examples = read_examples(made.processor, data.name, None, "train", None, 8)
+    made.turn("poly3", [" ".join(one.split()) for one in made.examples])
+    code = made.code("kept")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert Session("kept", "cpu", made.examples).spec == "poly3"
+    made.name = "owner/model"
+    assert '.from_pretrained("owner/model")' in made.code()
 
 
 def test_the_code_takes_pictures_of_the_page_as_arguments(
