@@ -15,7 +15,8 @@ import copy
 import itertools
 import platform
 import random
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -221,23 +222,31 @@ def study(name: str, arms: list[str], steps: int = STEPS, seeds: int = SEEDS) ->
             yield table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(
+    description: str | None,
+    arms: Iterable[str],
+    results: Path,
+    study: Callable[[str, list[str]], Iterator[dict[str, Any]]],
+    steps: int,
+    seeds: int,
+) -> None:
+    """Runs a study as the command line asks: prints its table after each arm and, with --write, keeps it in a JSON."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", choices=ROWS, help="only this one")
-    parser.add_argument("arms", nargs="*", default=[*ARMS], help="only these")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("arms", nargs="*", default=[*arms], help="only these")
+    parser.add_argument("--write", action="store_true", help=f"write {results.name}")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     about = {
         "device": {"type": "cpu", "machine": platform.machine(), "threads": torch.get_num_threads()},
-        "budget": {"steps": STEPS, "seeds": SEEDS, "learning_rate": {name: row[-1] for name, row in ROWS.items()}},
+        "budget": {"steps": steps, "seeds": seeds, "learning_rate": {name: row[-1] for name, row in ROWS.items()}},
     }
     for name in [arguments.checkpoint] if arguments.checkpoint else ROWS:
         for table in study(name, arguments.arms):
             print(name, table, flush=True)
             if arguments.write:
-                quality.write(RESULTS, "python tests/adaptation_study.py --write", name, table, **about)
+                quality.write(results, f"python tests/{Path(sys.argv[0]).name} --write", name, table, **about)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, ARMS, RESULTS, study, STEPS, SEEDS)

@@ -106,7 +106,7 @@ def gpu() -> str:
         said.append(f"{name} {found[0]} ({found[1]})")
     device = results["device"].removeprefix("NVIDIA ")
     return (
-        f"- GPUs are the weak side: on an {device} in bf16 `poly3` (`poly6-l1`) has, of the speed of cuDNN's softmax, "
+        f"- GPUs are the weak side: on an {device} in bf16 `poly3` (`poly6-l1`) has, of the fastest softmax's speed, "
         f"{', '.join(said)} ([h200.json](benchmarks/h200.json))."
     )
 

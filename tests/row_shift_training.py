@@ -9,7 +9,6 @@ and measured, division-free, by the mean negative log-likelihood of a token of i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 from collections.abc import Callable, Iterator
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import quality
-import transformers
-from adaptation_study import ROWS, Batch
+from adaptation_study import ROWS, Batch, run
 from transformers import PreTrainedModel
 
 import hf_polyattn as hp
@@ -81,20 +79,5 @@ def study(name: str, arms: list[str], steps: int = STEPS, seeds: int = SEEDS) ->
             yield table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", choices=ROWS, help="only this one")
-    parser.add_argument("arms", nargs="*", default=[*ARMS], help="only these")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
-    arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    about = {"budget": {"steps": STEPS, "seeds": SEEDS, "learning_rate": {name: row[-1] for name, row in ROWS.items()}}}
-    for name in [arguments.checkpoint] if arguments.checkpoint else ROWS:
-        for table in study(name, arguments.arms):
-            print(name, table, flush=True)
-        if arguments.write:
-            quality.write(RESULTS, "python tests/row_shift_training.py --write", name, table, **about)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, ARMS, RESULTS, study, STEPS, SEEDS)

@@ -20,7 +20,7 @@ def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
     """
     finals = {spec: result["stages"]["finetuned"] for spec, result in specs.items()}
     timed = all("latency_ms" in values for values in finals.values())
-    figure, ((left, *others),) = canvas(1, 2, 10.5, 4.2, width_ratios=(3, 2)) if timed else canvas(1, 1, 7.0, 4.2)
+    figure, ((left, *rest),) = canvas(1, 2, 10.5, 4.2, width_ratios=(3, 2)) if timed else canvas(1, 1, 7.0, 4.2)
     for number, (spec, result) in enumerate(specs.items()):
         stages = {name: values for name, values in result["stages"].items() if name != "softmax"}
         goal = result["stages"]["softmax"][quality]
@@ -28,15 +28,19 @@ def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
         left.plot(list(stages), distances, "o-", color=color_of(number), label=spec)
     left.set(title="Quality: lower is closer to softmax", yscale="log", ylabel=f"|softmax − model| in {quality}")
     legend_below(figure, left)
-    for right in others:
-        ratios = [values["latency_ms"] / values["softmax_latency_ms"] for values in finals.values()]
-        bars = right.bar(list(finals), ratios, 0.6, color=[color_of(number) for number in range(len(finals))])
-        right.bar_label(bars, fmt="%.2f", padding=3)
-        right.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
-        right.set(title="Cost: 1 is softmax, lower is faster", ylabel="time / time of softmax")
-        right.margins(y=0.14)
-        right.grid(visible=False, axis="x")
+    if timed:
+        _draw_costs(rest[0], finals)
     save(figure, path)
+
+
+def _draw_costs(axes: Any, finals: Mapping[str, Mapping[str, float]]) -> None:
+    ratios = [values["latency_ms"] / values["softmax_latency_ms"] for values in finals.values()]
+    bars = axes.bar(list(finals), ratios, 0.6, color=[color_of(number) for number in range(len(finals))])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axhline(1.0, color=INK, linestyle="--", linewidth=1.2)
+    axes.set(title="Cost: 1 is softmax, lower is faster", ylabel="time / time of softmax")
+    axes.margins(y=0.14)
+    axes.grid(visible=False, axis="x")
 
 
 @styled

@@ -241,3 +241,18 @@ def test_tokenizer_of_few_texts_has_the_bytes(run: Run, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     assert 259 < len(tokenizer) < 300  # there is nothing more to merge
     assert AutoConfig.from_pretrained(tmp_path / "out/softmax/model").vocab_size == len(tokenizer)
+
+
+def test_images_in_memory_are_those_that_are_decoded_each_time(
+    run: Run, checkpoint: Callable[[str], Path], shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = f"--from_scratch --model {checkpoint('vit')} --dataset {shared('datasets/cifar10')} --image_column img "
+    words += "--config_overrides image_size=32 patch_size=16 hidden_size=16 num_hidden_layers=1 num_attention_heads=2 "
+    words += "intermediate_size=16 --eval_split test --max_train_examples 8 --max_eval_examples 4 --max_steps 2 "
+    words += "--per_device_train_batch_size 4 --logging_steps 1 --save_strategy no --spec poly3 --in_memory"
+    kept, decoded = (
+        run("image_classification", tmp_path / value, *words.split(), value)["arms"]["poly3"]
+        for value in ("true", "false")
+    )
+    assert losses(kept) == losses(decoded)
+    assert kept["stages"] == decoded["stages"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from recipe_runs import ROOT, Run, environment, losses, options
+from recipe_runs import ROOT, Run, environment, losses, options, recipes_on_path
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, MPNetConfig, MPNetModel
 
@@ -261,3 +261,17 @@ def test_redraw_draws_the_stages_of_a_run_and_refuses_anything_else(tmp_path: Pa
     with pytest.raises(InputError, match=r"demo\.json cannot be drawn"):
         sentence_embedding.redraw(copy)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["demo.json", "demo.png"]
+
+
+def test_the_picture_of_a_run_without_times_has_the_quality_alone(results: dict[str, Any], tmp_path: Path) -> None:
+    with recipes_on_path():
+        draw = importlib.import_module("sentence_embedding").draw
+    untimed = json.loads(json.dumps(results))
+    for arm in untimed["arms"].values():
+        for stage in arm["stages"].values():
+            del stage["latency_ms"], stage["softmax_latency_ms"]
+    widths = []
+    for name, found in (("timed.png", results), ("untimed.png", untimed)):
+        draw(found, tmp_path / name)
+        widths.append(int.from_bytes((tmp_path / name).read_bytes()[16:20], "big"))  # of the PNG's header
+    assert widths[1] < widths[0]
