@@ -1,22 +1,24 @@
-"""The whole forward pass of an attention module by one kernel, and its gradients by another, where nobody records it.
+"""The whole forward pass of an attention module by one kernel, where nobody records it, and its gradients by another.
 
 Each step through Python and PyTorch costs as much as the attention of a short sequence. The formula is that of
-`patching.core` and `patching.row_shift`, which are taken everywhere else.
+`patching.core` and `patching.row_shift`, which are taken everywhere else: on a GPU for gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..spec import NORMALIZERS
 from . import backends
 from .centers import DTYPES, LONGEST, may_take_kernel, rows_differ
 from .checks import check_masks
 from .dropout import new_seed
 from .modes import autocast_inputs, is_differentiated, is_plain, refuse_second_derivatives
+from .moments import score_moments
 
 _KEPT = 1024  # keys of rows whose scores the kernel keeps: kKeptKeys of csrc/layer.h
 
@@ -70,16 +72,44 @@ def fused_layer(
     Raises:
         InputError: a mask or ranges that do not fit.
     """
-    if (mask is not None and (len(shift) > 1 or refinements)) or not may_take_kernel(query, backend):
+    triton = _may_take_triton(query, backend) and len(shift) > 0
+    if not triton and not may_take_kernel(query, backend):
         return None
     query, key, value = autocast_inputs(query, key, value)
     if not is_plain(query, key, value, *polynomial, *shift, *refinements) or not _fits(query, key, value):
         return None
-    differentiated = is_differentiated(query, key, value, *polynomial, *shift, *refinements)
-    q_len, k_len = query.shape[2], key.shape[2]
-    if differentiated and (refinements or 0 in (*query.shape, *key.shape, *value.shape)):
+    if not 0.0 <= dropout < 1.0 or (window is not None and window < 1):  # the operator says so
         return None
-    if not 0.0 <= dropout < 1.0:  # the operator says so
+    differentiated = is_differentiated(query, key, value, *polynomial, *shift, *refinements)
+    tensors = _Tensors(query, key, value, polynomial, shift, refinements)
+    pattern = (mask, ranges, causal, window, scaling)
+    settings = (power.bit_length() - 1, normalizer, clamp, interval, alpha, dropout)
+    if triton:
+        return _take_triton(tensors, differentiated, pattern, settings, backend)
+    return _take_cpu(tensors, differentiated, pattern, settings)
+
+
+class _Tensors(NamedTuple):
+    """Those of `fused_layer`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    polynomial: Sequence[Tensor]
+    shift: Sequence[Tensor]
+    refinements: Sequence[Tensor]
+
+
+def _take_cpu(
+    tensors: _Tensors, differentiated: bool, pattern: Sequence[Any], settings: Sequence[Any]
+) -> Tensor | None:
+    """Returns the output by the kernels of backend `cpu`, see `fused_layer`."""
+    query, key, value, polynomial, shift, refinements = tensors
+    mask, ranges, causal, window, _ = pattern
+    q_len, k_len = query.shape[2], key.shape[2]
+    if mask is not None and (len(shift) > 1 or refinements):
+        return None
+    if differentiated and (refinements or 0 in (*query.shape, *key.shape, *value.shape)):
         return None
     if len(shift) > 1 and q_len > LONGEST and k_len > _KEPT and rows_differ(ranges, causal, window):
         return None
@@ -87,15 +117,50 @@ def fused_layer(
         check_masks(mask, ranges, query, k_len)
     if not backends.BACKENDS["cpu"].usable():
         return None
-    seed = new_seed(query.device) if dropout > 0.0 else None
-    pattern = (mask, ranges, seed, causal, window, scaling)
-    settings = (power.bit_length() - 1, normalizer, clamp, interval, alpha, dropout)
+    seeded = _seeded(pattern, query, settings)
     output: Tensor
     if differentiated:
-        output = _Layer.apply(query, key, value, pattern, settings, *polynomial, *shift)  # type: ignore[no-untyped-call]
+        output = _Layer.apply(query, key, value, seeded, settings, *polynomial, *shift)  # type: ignore[no-untyped-call]
     else:
-        output = torch.ops.polyattn_cpu.layer(query, key, value, polynomial, shift, refinements, *pattern, *settings)
+        output = torch.ops.polyattn_cpu.layer(query, key, value, polynomial, shift, refinements, *seeded, *settings)
     return output
+
+
+def _may_take_triton(query: Tensor, backend: str) -> bool:
+    """Whether a call goes to backend `triton`, if it can run it."""
+    return backend in ("auto", "triton") and query.device.type == ("cpu" if backends.INTERPRETED else "cuda")
+
+
+def _take_triton(
+    tensors: _Tensors, differentiated: bool, pattern: Sequence[Any], settings: Sequence[Any], backend: str
+) -> Tensor | None:
+    """Returns the output by the kernels of backend `triton`, see `fused_layer`."""
+    query, key, value, _, shift, _ = tensors
+    if differentiated or 0 in (*query.shape, *key.shape, *value.shape):
+        return None
+    mask, ranges, causal, window, scaling = pattern
+    check_masks(mask, ranges, query, key.shape[2])
+    problem = backends.Problem(
+        device=query.device.type, dtype=query.dtype, normalizer=NORMALIZERS[settings[1]], power=1 << settings[0],
+        return_weights=False, radius_grad=False, head_dim=query.shape[3], value_dim=value.shape[3],
+    )  # fmt: skip
+    if backends.select(backend, problem) != "triton":
+        return None
+    from .triton import layer as kernels
+
+    moments = None
+    if len(shift) > 1 and not kernels.looks_itself(query, key, mask, ranges, window):
+        pattern_of_rows = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
+        moments = score_moments(query, key, scaling=scaling, backend=backend, **pattern_of_rows)
+    ranges = None if ranges is None else ranges.to(torch.int32)
+    seeded = _seeded((mask, ranges, causal, window, scaling), query, settings)
+    return kernels.layer(*tensors, moments, seeded, settings)
+
+
+def _seeded(pattern: Sequence[Any], query: Tensor, settings: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns a pattern with the seed of its dropout, as kernels take it."""
+    mask, ranges, *others = pattern
+    return mask, ranges, new_seed(query.device) if settings[-1] > 0.0 else None, *others
 
 
 class _Layer(torch.autograd.Function):

@@ -98,7 +98,7 @@ class PolyAttention(ConfiguredPolynomial):
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
         pattern["scaling"] = scaling
-        if not return_weights and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not return_weights and query.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
             at_once = self._at_once(query, key, value, pattern, dropout)
             if at_once is not None:
                 self._warn_of_length(query, key, pattern)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_compilation import SPECS, compiling_for, make_call, run_all
+from triton_compilation import SPECS, compiling_for, make_call, run_all, run_layer
 
 from hf_polyattn.ops.call import Call
 from hf_polyattn.ops.triton.tuning import SHARED_MEMORY, Configuration, row_of, shipped_tables
@@ -75,7 +75,7 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shipped(capability: int) -> Any:
-    from hf_polyattn.ops.triton.launch import table_keys
+    from hf_polyattn.ops.triton.layout import table_keys
 
     table = shipped_tables()[TABLES[capability]]
 
@@ -140,3 +140,28 @@ def test_other_calls_compile(mask: str) -> None:
     assert len(compiled) == 5
     assert all(resources.shared <= SHARED_MEMORY[90] for resources in compiled)
     assert all(resources.spilled < 256 and not resources.serialized for resources in compiled), compiled
+
+
+# capability, spec, head dim, causal, refinements, and whether the moments are given
+LAYERS = [
+    (90, "poly3-calibrated", 64, False, 1, False),
+    (90, "poly6-l1", 128, True, 0, True),
+    (80, "poly3-calibrated", 128, True, 2, False),
+    (86, "poly3-calibrated", 64, False, 0, False),
+]
+
+
+@pytest.mark.parametrize(("capability", "spec", "dim", "causal", "refinements", "given"), LAYERS, ids=str)
+def test_modules_with_a_row_shift_compile(
+    capability: int, spec: str, dim: int, causal: bool, refinements: int, given: bool
+) -> None:
+    """Looks at the keys come before the loop that the tables are for, and may spill a little."""
+    with compiling_for(capability, shipped(capability)) as compiled:
+        run_layer(make_call(head_dim=dim, causal=causal, **SPECS[spec]), refinements=refinements, given=given)
+    refined = ["row_sum", "step"] * refinements
+    kernels = ["forward", "products", "predict", *refined, "decode", "decode_sum"]
+    assert [resources.kernel for resources in compiled] == kernels
+    for resources in compiled:
+        assert resources.spilled < 256, resources
+        assert resources.shared <= SHARED_MEMORY[TABLES[capability]], resources
+        assert not resources.serialized, resources

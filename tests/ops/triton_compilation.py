@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -116,7 +117,7 @@ def compiling_for(
     from triton import knobs
     from triton.runtime import driver
 
-    from hf_polyattn.ops.triton import launch as backend
+    from hf_polyattn.ops.triton import layout
 
     compiled: list[Resources] = []
 
@@ -126,7 +127,7 @@ def compiling_for(
             return
         kernel.device_caches.clear()  # what is compiled before says nothing
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            binary = kernel.warmup(*arguments, **static, grid=(programs,), **backend.compile_options(tuned))
+            binary = kernel.warmup(*arguments, **static, grid=(programs,), **layout.compile_options(tuned))
         registers = re.findall(r"Used (\d+) registers", log.getvalue())
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
         assert len(registers) == len(spills) == 1, f"no information from ptxas on {name}: {log.getvalue()!r}"
@@ -145,8 +146,8 @@ def compiling_for(
     with pytest.MonkeyPatch.context() as patch, knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        patch.setattr(backend, "_launch", launch)
-        patch.setattr(backend, "_configuration", configuration)
+        patch.setattr(layout, "launch", launch)
+        patch.setattr(layout, "configuration_of", configuration)
         active = driver._active
         driver.set_active(Device(capability))
         try:
@@ -157,8 +158,6 @@ def compiling_for(
 
 def run_all(call: Call, *, decode: bool = True) -> None:
     """Runs forward, backward and decode of a call on meta tensors, so that `compiling_for` sees their kernels."""
-    from dataclasses import replace
-
     from hf_polyattn.ops.triton import launch as backend
 
     output, row_scale = backend.forward(call)
@@ -166,3 +165,27 @@ def run_all(call: Call, *, decode: bool = True) -> None:
     if decode:
         center = None if call.center is None else call.center[:, :, :1]
         backend.forward(replace(call, query=call.query[:, :, :1], center=center, causal=False, ranges=None))
+
+
+def run_layer(call: Call, *, refinements: int, squares: int = 8, given: bool = False) -> None:
+    """Runs the forward pass of a module on meta tensors, of all rows and of one, with moments and refinements."""
+    from hf_polyattn.ops.triton import launch as backend
+    from hf_polyattn.ops.triton.arguments import Refinement, Shift
+
+    heads, head_dim, count = call.query.shape[1], call.query.shape[3], call.coefficients.shape[1]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    rows = {} if not given else {name: empty(*call.query.shape[:3]) for name in ("mean", "variance")}
+    features = {name: empty(heads, 8 + squares) for name in ("weights", "means", "scales")}
+    parts = [Refinement(empty(heads, count), empty(heads), empty(heads), empty(heads, 5)) for _ in range(refinements)]
+    shift = Shift(
+        empty(heads, head_dim), **features, length_shift=empty(heads, head_dim),
+        squares=empty(heads, squares, head_dim), lengths=empty(2), **rows,
+        **dict(zip(("first", "second"), parts, strict=False)),
+    )  # fmt: skip
+    call = replace(call, center=empty(heads)[None, :, None].expand(call.query.shape[:3]))
+    backend.forward(call, shift)
+    one = replace(call, query=call.query[:, :, :1], center=call.center[:, :, :1], causal=False, ranges=None)
+    backend.forward(one, shift)

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import PATTERNS, D, H, operands
 from torch import Tensor
 
 import hf_polyattn.patching.core
 from hf_polyattn import BackendError, PolyAttentionConfig
 from hf_polyattn.ops.centers import LONGEST
 from hf_polyattn.patching.core import PolyAttention
-
-B, H, D = 3, 4, 20  # no whole vector
 
 
 def shifted(row_shift: str = "moments", squares: int = 3, groups: int = 2) -> PolyAttention:
@@ -28,34 +27,6 @@ def shifted(row_shift: str = "moments", squares: int = 3, groups: int = 2) -> Po
             layer.moments.scales.abs_().add_(0.5)
             layer.moments.lengths.copy_(torch.tensor([3.0, 30.0]))
     return layer
-
-
-def operands(q_len: int, k_len: int, dtype: torch.dtype, groups: int = 2) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    query, key = (
-        torch.randn(B, length, heads, D, generator=generator).transpose(1, 2)  # heads inside of tokens
-        for heads, length in ((H, q_len), (groups, k_len))
-    )
-    return query.to(dtype), key.to(dtype)
-
-
-def ranges_of(rows: int, k_len: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    ends = torch.randint(0, k_len + 1, (B, rows, 2), generator=generator).sort(-1).values
-    ends[1] = 5  # empty
-    return ends
-
-
-PATTERNS: dict[str, dict[str, Any]] = {
-    "all": {},
-    "all, few keys": {"k_len": 9},
-    "padding": {"ranges": ranges_of(1, 40)},
-    "ranges by row": {"ranges": ranges_of(40, 40)},
-    "causal": {"causal": True},
-    "window": {"causal": True, "window": 7},
-    "decode": {"q_len": 1},
-    "cross": {"q_len": 11, "k_len": 50},
-}
 
 
 @pytest.fixture

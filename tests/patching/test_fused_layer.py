@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from test_fused_centers import PATTERNS, D, H, operands, ranges_of
-from torch import Tensor
+from layer_cases import PATTERNS, TOLERANCES, D, H, inputs, module, ranges_of, vars_of, watched
 from torch.nn.utils import parametrize
 
-import hf_polyattn.patching.core
 from hf_polyattn import PolyAttentionConfig
 from hf_polyattn.ops.layer import _KEPT, MOMENTS, POLYNOMIAL, REFINEMENT
 from hf_polyattn.patching.core import PolyAttention
@@ -25,48 +21,6 @@ LONG: dict[str, dict[str, Any]] = {
     "several tiles": {"q_len": 300, "k_len": 300, "causal": True},
     "more keys than are kept": {"q_len": 20, "k_len": _KEPT + 30},
 }
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-
-
-def module(spec: str, row_shift: str = "moments", clamp: bool = True) -> PolyAttention:
-    generator = torch.Generator().manual_seed(0)
-    squares = 3 if row_shift == "moments" else 0
-    config = PolyAttentionConfig(spec, interval=True, row_shift=row_shift, squares=squares, clamp=clamp)
-    layer = PolyAttention(config, H, D)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if name.endswith("radius"):
-                parameter.copy_(2.0 + torch.rand(parameter.shape, generator=generator))
-            elif not name.endswith("lengths"):
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        for part in (layer, *(layer.refinements or ())):
-            part.coefficients[:, 0] += 1.0  # weights of one sign, so that row sums are well conditioned
-        if layer.moments is not None:
-            layer.moments.scales.abs_().add_(0.5)
-            layer.moments.lengths.copy_(torch.tensor([3.0, 30.0]))
-    return layer
-
-
-@contextmanager
-def watched() -> Iterator[list[bool]]:
-    """Gives whether the kernel took each call."""
-    took: list[bool] = []
-    fused = hf_polyattn.patching.core.fused_layer
-
-    def seen(*arguments: Any, **settings: Any) -> Tensor | None:
-        found = fused(*arguments, **settings)
-        took.append(found is not None)
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_polyattn.patching.core, "fused_layer", seen)
-        yield took
-
-
-def inputs(settings: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    query, key = operands(settings.pop("q_len", 40), settings.pop("k_len", 40), dtype)
-    value = torch.randn(*key.shape[:3], 12, generator=torch.Generator().manual_seed(3)).to(dtype)
-    return query, key, value
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -98,10 +52,6 @@ def test_a_clamp_holds_the_polynomial_and_its_refinements(clamp: bool) -> None:
     layer.configure(PolyAttentionConfig(**{**vars_of(layer), "clamp": not clamp}))
     other = layer.double()(query.double(), key.double(), value.double(), scaling=2.0)
     assert (found.double() - other).abs().max() / exact.abs().max() > 0.1
-
-
-def vars_of(layer: PolyAttention) -> dict[str, Any]:
-    return {name: getattr(layer.config, name) for name in layer.config.__dataclass_fields__}
 
 
 def test_every_tensor_counts() -> None:

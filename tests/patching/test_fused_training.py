@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from budget import excess
-from test_fused_centers import PATTERNS, D, H
-from test_fused_layer import LONG, inputs, module, watched
+from layer_cases import PATTERNS, D, H, inputs, module, watched
+from test_fused_layer import LONG
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

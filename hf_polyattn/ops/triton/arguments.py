@@ -70,6 +70,36 @@ class Dropout(NamedTuple):
     scale: float
 
 
+class Refinement(NamedTuple):
+    """A refinement's polynomial and step, contiguous float32: (H, P + 1), (H,), (H,) and (H, 5)."""
+
+    coefficients: Any
+    center: Any
+    radius: Any
+    steps: Any
+
+
+class Shift(NamedTuple):
+    """The row shift of a module, contiguous float32, as `patching.row_shift` has it; None for what there is not.
+
+    Attributes:
+        mean, variance: of the scaled scores of each row, (B, H, Tq), where they are known beforehand.
+        first, second: `Refinement`.
+    """
+
+    key_shift: Any
+    weights: Any = None
+    means: Any = None
+    scales: Any = None
+    length_shift: Any = None
+    squares: Any = None
+    lengths: Any = None
+    mean: Any = None
+    variance: Any = None
+    first: Any = None
+    second: Any = None
+
+
 class Static(NamedTuple):
     """What a kernel is compiled for. Triton 3.6 takes no field for a constant in a shape or a static_range before it
     has a name of its own (`degree: tl.constexpr = S.degree`), or is an argument.

@@ -111,7 +111,7 @@ def _compile_one(job: tuple[Any, ...]) -> None:
 
     kernel, dtype, width, variant, row, device, length = job
     call = _call(device, dtype, width, (1, length), **variant)
-    with contextlib.suppress(Exception), _trying(kernel, row, backend):  # what fails here is left out where it is timed
+    with contextlib.suppress(Exception), _trying(kernel, row):  # what fails here is left out where it is timed
         _run(kernel, call, backend)()
 
 
@@ -127,7 +127,7 @@ def _fastest(
     expected = run()
     best: tuple[Configuration, float] | None = None
     for row in rows:
-        with _trying(kernel, row, backend):
+        with _trying(kernel, row):
             try:
                 result = run()
             except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
@@ -153,13 +153,19 @@ def _run(kernel: str, call: Call, backend: Any) -> Callable[[], tuple[torch.Tens
 
 
 @contextlib.contextmanager
-def _trying(kernel: str, row: Configuration, backend: Any) -> Iterator[None]:
-    usual = backend._configuration
-    backend._configuration = lambda name, call: row if name == kernel else usual(name, call)
+def _trying(kernel: str, row: Configuration) -> Iterator[None]:
+    from . import layout
+
+    usual, tried = layout.configuration_of, kernel
+
+    def configuration_of(kernel: str, call: Call) -> Configuration:
+        return row if kernel == tried else usual(kernel, call)
+
+    layout.configuration_of = configuration_of
     try:
         yield
     finally:
-        backend._configuration = usual
+        layout.configuration_of = usual
 
 
 def _call(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from error_budget import operands, outputs_and_gradients
 from kernel_cases import BUMP, CASES, Case, errors, inputs, stretched
+from layer_cases import PATTERNS, TOLERANCES, B, error_of, module
 
 from hf_polyattn import polynomial_attention
 from hf_polyattn.ops.triton import tune
@@ -110,3 +111,20 @@ def test_tuning_writes_a_table_that_is_used(tmp_path: Any, monkeypatch: pytest.M
     tune.tune(device, name, dtypes=[torch.bfloat16], widths=[64], candidates=candidates, report=lambda line: None)
     assert tuning.configuration("forward", tuning.keys(torch.bfloat16, 64, True), device) == row
     tuning.configuration.cache_clear()
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    **PATTERNS,
+    "long": {"q_len": 1100, "k_len": 1100, "causal": True},  # moments by sums over the keys
+    "long, all": {"q_len": 1100, "k_len": 1100},
+    "long window": {"q_len": 1100, "k_len": 1100, "causal": True, "window": 200},
+    "long decode": {"q_len": 1, "k_len": 9000},
+    "mask": {"mask": torch.rand(B, 1, 40, 40, generator=torch.Generator().manual_seed(4)) > 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("spec", ["poly3", "poly6-l1", "poly3~1", "poly4~2-l1"])
+@pytest.mark.parametrize("call", LAYERS)
+def test_a_whole_module_is_what_pytorch_computes(call: str, spec: str, dtype: torch.dtype) -> None:
+    assert error_of(module(spec), LAYERS[call], dtype, device="cuda") < TOLERANCES[dtype]

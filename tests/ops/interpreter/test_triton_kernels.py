@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hf_polyattn import BackendError, polynomial_attention
 from hf_polyattn.ops import library
-from hf_polyattn.ops.triton import launch as backend
+from hf_polyattn.ops.triton import layout
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
@@ -222,13 +222,13 @@ def test_radius_gradient_and_weights_are_refused() -> None:
 
 def test_calls_use_the_decode_kernel_when_keys_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    launch = backend._launch
+    launch = layout.launch
 
     def record(kernel: Any, *arguments: Any, **static: Any) -> None:
         names.append(kernel.__name__)
         launch(kernel, *arguments, **static)
 
-    monkeypatch.setattr(backend, "_launch", record)
+    monkeypatch.setattr(layout, "launch", record)
     for shape, expected in (
         ((1, 2, 1, 1, 40), ["decode_kernel", "decode_sum_kernel"]),
         ((1, 2, 1, 5, 40), ["forward_kernel"]),
@@ -244,7 +244,7 @@ def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, mo
     from hf_polyattn.ops.triton.tuning import Configuration, read_table
 
     rows = tuple(Configuration(16, block, 4, 1) for block in (16, 32, 64))
-    launch, times = backend._launch, {16: 3.0, 32: 2.0, 64: 1.0}
+    launch, times = layout.launch, {16: 3.0, 32: 2.0, 64: 1.0}
     used: list[int] = []
 
     def spoil(kernel: Any, programs: int, call: Any, tuned: Configuration, *arguments: Any, **static: Any) -> None:
@@ -253,7 +253,7 @@ def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, mo
         if tuned.block_n == 64:  # the fastest, but wrong
             arguments[3].pointer.zero_()
 
-    monkeypatch.setattr(backend, "_launch", spoil)
+    monkeypatch.setattr(layout, "launch", spoil)
     path = tune.tune(
         torch.device("cpu"),
         "A device",
@@ -269,4 +269,4 @@ def test_tuning_writes_the_fastest_configuration_that_is_right(tmp_path: Any, mo
     assert path.name == "a-device.json"
     expected = Configuration(16, 32, 4, 1)
     assert read_table(path) == {"forward": {"float32-64-monomial": expected, "float32-64": expected}}
-    assert backend._configuration("forward", tune._call(torch.device("cpu"), torch.float32, 64, (1, 16))) != expected
+    assert layout.configuration_of("forward", tune._call(torch.device("cpu"), torch.float32, 64, (1, 16))) != expected
