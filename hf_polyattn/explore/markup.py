@@ -95,10 +95,12 @@ def cards(position: Position) -> str:
         (near_one(position.agreement), f"agreement with softmax, {where}; 1 is the same"),
         (f"{means[worst]:.4f}", f"explained variance of the layer that fits worst, layer {worst}"),
         (f"{position.time_ratio:.2f} ×", "time of a batch beside softmax, on this machine"),
-        (f"{position.report.rows}", "tokens a layer was calibrated on"),
+        (f"{position.report.rows}", "rows that a layer was calibrated on, a token or a patch each"),
     )
     boxes = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in shown)
-    return block(f'<div class="cards">{boxes}</div>')
+    few = position.report.too_few_rows
+    warned = f'<p role="alert" class="error">{escape(few)}</p>' if few else ""
+    return block(f'<div class="cards">{boxes}</div>{warned}')
 
 
 def layers_table(position: Position) -> str:

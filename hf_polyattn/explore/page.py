@@ -194,7 +194,7 @@ class _Page:
         layers = self.session.layers
         self.alerted, self.turns = False, self.turns + 1
         description = f"How well {position.report.spec} fits each layer, and what its row shift leaves; see the table."
-        said = f"{position.report.spec} is calibrated. {position.report.too_few_rows or ''}".strip()
+        said = f"{position.report.spec} is calibrated."
         return (
             markup.title(self.session),
             markup.cards(position),

@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import hf_polyattn as hp
 from hf_polyattn.explore import Session
 from hf_polyattn.explore.answers import Answers, near_one
 from hf_polyattn.explore.command import is_loopback
-from hf_polyattn.explore.markup import answers_table, short_name, status, title
+from hf_polyattn.explore.markup import answers_table, cards, short_name, status, title
 
 pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[explore]'")
 Make = Callable[..., Any]
@@ -46,6 +47,8 @@ def test_page_is_answered_by_gradio_s_own_client(page: tuple[Any, str], tmp_path
     assert re.search(
         r"<b>(0\.99\d\d|1 − \d\.\de-0[45])</b><span>agreement with softmax, on 2 examples that it", shown[1]
     )
+    assert re.search(r'<p role="alert" class="error">\d+ rows a layer are too few', shown[1])
+    assert "too few" not in said  # which the next sentence replaces
     assert shown[2].count("<svg") == 1
     maps, said = client.predict("CC(=O)Nc1ccc(O)cc1", 1, 0, -1, api_name="/map")
     assert 'role="img" aria-label="h.1.attn' in maps.replace("transformer.", "")
@@ -53,6 +56,13 @@ def test_page_is_answered_by_gradio_s_own_client(page: tuple[Any, str], tmp_path
     assert f"Saved to {tmp_path / 'kept'}" in said
     assert 'hp.patch_model(model, "poly3^16-l1")' in code
     assert (tmp_path / "kept/config.json").exists()
+
+
+def test_enough_rows_are_no_warning(page: tuple[Any, str]) -> None:
+    position = page[0].turn("poly4-l1", page[0].examples)
+    enough = replace(position, report=replace(position.report, rows=10**6))
+    assert "too few" in cards(position)
+    assert "too few" not in cards(enough)
 
 
 def test_an_error_is_a_sentence_on_the_page(page: tuple[Any, str]) -> None:
