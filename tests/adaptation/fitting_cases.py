@@ -10,8 +10,9 @@ import torch
 import hf_polyattn as hp
 from hf_polyattn.adaptation.capture import Observation
 from hf_polyattn.adaptation.fitting.layer import LayerFit
+from hf_polyattn.adaptation.fitting.packing import packed_rows
 from hf_polyattn.adaptation.fitting.predictor import PredictorChoice
-from hf_polyattn.adaptation.fitting.rows import Rows, observed_rows
+from hf_polyattn.adaptation.fitting.rows import Rows
 from hf_polyattn.patching.core import PolyAttention
 
 CPU = torch.device("cpu")
@@ -63,6 +64,6 @@ def fitted(spec: str, seen: Observation, granularity: Any = "head", row_shift: s
     fit = LayerFit("layer", child, hp.Polynomial.parse(spec), choice)
     with torch.no_grad():
         for step in fit.passes():
-            for chunk in observed_rows("layer", seen, step.stride):
+            for chunk in packed_rows("layer", seen, step.stride):
                 step.see(chunk)
     return fit
