@@ -17,7 +17,7 @@ _CHUNK_SCORES = 2**21
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Real query rows of a few batch entries; all float32.
+    """Real query rows of a few batch entries; float32, what belongs to scores float64 where they are `packed_rows`.
 
     Attributes:
         query: (b, H, Tq, D).
