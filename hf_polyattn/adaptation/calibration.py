@@ -35,7 +35,7 @@ from .capture import Observation, Replay, take_batches
 from .crops import with_crops
 from .fitting.layer import LayerFit, LayerReport, Pass
 from .fitting.predictor import ROWS_FOR_AN_UNKNOWN, PredictorChoice
-from .fitting.rows import observed_rows
+from .fitting.row_store import RowStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,17 +224,20 @@ def fit_layers(
     """
     children = dict(patched_layers(model))
     fits = {path: LayerFit(path, children[path], spec, choice) for path, spec in specs.items()}
-    passes_of = {path: fit.passes() for path, fit in fits.items()}
+    passes_of, store = {path: fit.passes() for path, fit in fits.items()}, RowStore()
     while wanted := {path: step for path, steps in passes_of.items() if (step := next(steps, None))}:
         titles = dict.fromkeys(step.title for step in wanted.values())
-        passes.run(partial(_show, wanted), f"calibrate: {', '.join(titles)}")
+        store.restart()
+        passes.run(partial(_show, wanted, store), f"calibrate: {', '.join(titles)}")
     return fits
 
 
-def _show(wanted: Mapping[str, Pass], path: str, child: PolyAttention, observation: Observation) -> None:
+def _show(
+    wanted: Mapping[str, Pass], store: RowStore, path: str, child: PolyAttention, observation: Observation
+) -> None:
     """Shows what a layer saw to the fit that wants it."""
     if path in wanted:
-        for rows in observed_rows(path, observation, wanted[path].stride):
+        for rows in store.rows(path, observation, wanted[path].stride):
             wanted[path].see(rows)
 
 

@@ -1,8 +1,8 @@
 """Times polynomial attention next to softmax on this machine: `run` is `polyattn bench`.
 
-Imports `patching` and below.
+Imports `adaptation` and below, and `examples`.
 """
 
-from .command import PARTS, redraw, run
+from .command import PARTS, USUAL, redraw, run
 
-__all__ = ["PARTS", "redraw", "run"]
+__all__ = ["PARTS", "USUAL", "redraw", "run"]

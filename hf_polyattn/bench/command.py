@@ -22,6 +22,7 @@ import torch
 from ..errors import InputError
 from ..figures import draw_speedups, save
 from ..files import written_beside
+from .calibration import time_calibration
 from .cases import CASES, DTYPES, dtype_name
 from .decoding import time_decoding
 from .memory import memory_peaks
@@ -30,9 +31,17 @@ from .operator import time_cases
 from .report import tables
 from .timing import matmul_rate
 
-#: What `run` measures -> its key in `bench.json`: the operator, whole models, a token after many, and what attention
-#: needs beside its inputs.
-PARTS = {"operator": "rows", "models": "models", "decode": "decode", "memory": "memory"}
+#: What `run` measures -> its key in `bench.json`: the operator, whole models, a token after many, what attention needs
+#: beside its inputs, and the time of `calibrate`.
+PARTS = {
+    "operator": "rows",
+    "models": "models",
+    "decode": "decode",
+    "memory": "memory",
+    "calibration": "calibration",
+}
+#: What it measures unless it is told: the last one needs a checkpoint.
+USUAL = tuple(PARTS)[:-1]
 
 
 def run(
@@ -42,7 +51,7 @@ def run(
     repeats: int,
     output: Path,
     *,
-    parts: Collection[str] = tuple(PARTS),
+    parts: Collection[str] = USUAL,
     tune: bool = False,
 ) -> None:
     """Runs the benchmark, prints its tables and writes `bench.json` and, of the operator with matplotlib, `bench.png`.
@@ -57,7 +66,7 @@ def run(
         tune: write a table of the fastest Triton configurations first.
 
     Raises:
-        InputError: the device is neither, or a part is unknown.
+        InputError: the device is neither, a part is unknown, or the checkpoint of one is not installed.
         VerificationError: a case is wrong.
     """
     if device is None:
@@ -86,6 +95,7 @@ def run(
         "models": lambda dtype: time_models(device, dtype, repeats),
         "decode": lambda dtype: time_decoding(device, dtype, repeats),
         "memory": lambda dtype: [[memory_peaks(device, dtype, backend)]],
+        "calibration": lambda dtype: time_calibration(device, dtype, repeats),
     }
     for dtype, part in product(kinds, parts):
         for rows in measures[part](dtype):

@@ -42,6 +42,15 @@ def tables(results: dict[str, Any]) -> str:
             "\none token after many: time divided by softmax's",
             format_table(("model", "dtype", "polynomial", "token"), tokens),
         ]
+    waits = [
+        (row["model"], row["dtype"], row["spec"], f"{row['ms'] / 1e3:.1f}", f"{row['passes']:.1f}")
+        for row in results.get("calibration", ())
+    ]
+    if waits:
+        parts += [
+            "\ncalibration: seconds, and in passes of softmax over the same batches",
+            format_table(("model", "dtype", "polynomial", "seconds", "passes"), waits),
+        ]
     for row in results["memory"]:
         peaks = ", ".join(f"{name} {peak:.0f}" for name, peak in row["mib"].items())
         parts.append(f"\npeak of extra memory, forward and backward, {row['case']} {row['dtype']}, in MiB: {peaks}")

@@ -26,7 +26,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 7,
     output: Annotated[Path, typer.Option(help="Folder of bench.json and bench.png.")] = Path("outputs/bench"),
     part: Annotated[
-        list[str] | None, typer.Option(help="operator, models, decode or memory; default: all four.")
+        list[str] | None, typer.Option(help="operator, models, decode or memory, by default all four; or calibration.")
     ] = None,
     tune: Annotated[bool, typer.Option(help="First write a table of the fastest Triton configurations.")] = False,
     redraw: Annotated[
@@ -34,7 +34,7 @@ def bench(
     ] = None,
 ) -> None:
     """Verify polynomial attention and time it next to softmax on this machine."""
-    from ..bench import PARTS, run
+    from ..bench import USUAL, run
     from ..bench import redraw as draw_again
     from ..ops.backends import check_name
 
@@ -43,7 +43,7 @@ def bench(
         return
     names = None if dtype is None else [str(name) for name in dtype]
     check_name(backend)
-    run(device, names, backend, repeats, output, parts=part or tuple(PARTS), tune=tune)
+    run(device, names, backend, repeats, output, parts=part or USUAL, tune=tune)
 
 
 def build() -> None:

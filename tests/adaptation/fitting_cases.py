@@ -10,8 +10,9 @@ import torch
 import hf_polyattn as hp
 from hf_polyattn.adaptation.capture import Observation
 from hf_polyattn.adaptation.fitting.layer import LayerFit
+from hf_polyattn.adaptation.fitting.packing import packed_rows
 from hf_polyattn.adaptation.fitting.predictor import PredictorChoice
-from hf_polyattn.adaptation.fitting.rows import Rows, observed_rows
+from hf_polyattn.adaptation.fitting.rows import Rows
 from hf_polyattn.patching.core import PolyAttention
 
 CPU = torch.device("cpu")
@@ -57,12 +58,14 @@ def observation(spread: float = 1.0, length: int = 40) -> Observation:
     return Observation(query, key, value, output.transpose(1, 2), None, True, None, SCALING, real)
 
 
-def fitted(spec: str, seen: Observation, granularity: Any = "head", row_shift: str = "linear") -> LayerFit:
+def fitted(
+    spec: str, seen: Observation, granularity: Any = "head", row_shift: str = "linear", rows_of: Any = packed_rows
+) -> LayerFit:
     child = PolyAttention(hp.PolyAttentionConfig(spec, granularity=granularity), HEADS, DIM)
     choice = PredictorChoice(row_shift, None, worth_it=True)
     fit = LayerFit("layer", child, hp.Polynomial.parse(spec), choice)
     with torch.no_grad():
         for step in fit.passes():
-            for chunk in observed_rows("layer", seen, step.stride):
+            for chunk in rows_of("layer", seen, step.stride):
                 step.see(chunk)
     return fit

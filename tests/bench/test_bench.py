@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_polyattn import cli
-from hf_polyattn.bench import command, decoding
+from hf_polyattn.bench import calibration, command, decoding
 from hf_polyattn.bench.cases import CASES, SPECS, Case
 from hf_polyattn.bench.models import MODELS, _bert, _vit
 from hf_polyattn.bench.operator import time_cases
@@ -98,8 +98,10 @@ def test_bench_measures_a_part_and_keeps_what_it_had_when_cut_off(
     with pytest.raises(KeyboardInterrupt):
         command.run("cpu", ["float32"], "auto", 1, tmp_path, parts=["operator"])
     results = json.loads((tmp_path / "bench.json").read_text())
-    assert [results[key] for key in command.PARTS.values()] == [[{"case": "first"}], [], [], []]
-    with pytest.raises(InputError, match=r"parts must be of \['operator', 'models', 'decode', 'memory'\], got"):
+    assert [results[key] for key in command.PARTS.values()] == [[{"case": "first"}], [], [], [], []]
+    with pytest.raises(
+        InputError, match=r"parts must be of \['operator', 'models', 'decode', 'memory', 'calibration'\], got"
+    ):
         command.run("cpu", ["float32"], "auto", 1, tmp_path, parts=["speed"])
 
 
@@ -113,3 +115,44 @@ def test_a_step_decodes_after_the_same_cache_each_time() -> None:
     step()
     step()
     assert [(tuple(shape), length) for shape, length in seen] == [((1, 1), 41)] * 2
+
+
+def tiny_demo() -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    torch.manual_seed(0)
+    return _bert(1, 32, 2).eval(), [{"input_ids": torch.randint(5, 1000, (4, 40))} for _ in range(2)]
+
+
+def test_bench_times_calibration_in_passes_of_softmax(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(calibration, "demo", tiny_demo)
+    command.run("cpu", ["float32"], "auto", 2, tmp_path, parts=["calibration"])
+    rows = json.loads((tmp_path / "bench.json").read_text())["calibration"]
+    assert [row["spec"] for row in rows] == [*calibration.SPECS]
+    for row in rows:
+        assert row["rows"] == 2 * 4 * (40 + 2 * 20)  # halves of the texts too
+        assert row["passes"] == pytest.approx(row["ms"] / row["softmax_ms"], rel=0.1)
+        assert row["passes"] > 1.0
+    assert "in passes of softmax" in capsys.readouterr().out
+
+
+def test_bench_refuses_to_time_a_calibration_that_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(model: Any, batches: Any, **options: Any) -> Any:
+        report = correct(model, batches, **options)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("polyattn.coefficients"):
+                tensor.mul_(1.0 + 1e-3 * torch.rand(()))
+        return report
+
+    correct = calibration.calibrate
+    monkeypatch.setattr(calibration, "demo", tiny_demo)
+    monkeypatch.setattr(calibration, "calibrate", moved)
+    with pytest.raises(VerificationError, match="a repeat of the calibration differs"):
+        list(calibration.time_calibration("cpu", torch.float32, 1))
+
+
+def test_the_part_calibration_names_the_package_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "calibration" not in command.USUAL
+    monkeypatch.setattr(calibration, "_PACKAGE", "no-such-package")
+    with pytest.raises(InputError, match="pip install --no-deps no-such-package"):
+        calibration.demo()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...spec import PolyAttentionConfig
 from .errors import MeasuredErrors, Target, comparable, squared_error
-from .interval import Intervals, take
+from .interval import Intervals, grouped, take
 from .normal_equations import NormalEquations
 from .rows import Rows
 from .solves import exponential_fit, quadratic, solve, solve_ratio
@@ -66,12 +66,11 @@ class LinearFit:
 
     def see(self, rows: Rows, shifted: Tensor) -> None:
         """Adds rows to the normal equations of every candidate."""
-        target = self.target.see(rows)
-        scale = rows.weight * rows.fixed_scale(self.config.spec.normalizer)
-        for candidate in range(len(self.intervals)):
-            f, _ = self._equations.features(rows, shifted, candidate)
-            f = f * scale.unsqueeze(-1)
-            self._equations.add(candidate, f, target=target)
+        target = rows.grouped(self.target.see(rows))
+        scale = rows.grouped(rows.weight * rows.fixed_scale(self.config.spec.normalizer))[..., None, :, None]
+        for candidates in self._equations.parts(shifted):
+            f, _ = self._equations.features(rows, shifted, candidates)
+            self._equations.add(candidates, f.mul_(scale), target=target)
 
     def solve(self) -> None:
         """Solves the normal equations."""
@@ -169,20 +168,32 @@ class _RatioEquations(NormalEquations):
     def __init__(self, config: PolyAttentionConfig, intervals: Intervals, before: Tensor | None = None) -> None:
         super().__init__(config, intervals)
         self.before = before
+        self._tops, self._top_of = torch.unique_consecutive(intervals.tops, dim=0, return_inverse=True)
 
     def see(self, rows: Rows, shifted: Tensor) -> None:
         """Adds rows to the equations of every candidate."""
-        for candidate in range(len(self.intervals)):
-            f, s = self.features(rows, shifted, candidate)
-            scale = rows.weight / self._partition_sums(rows, shifted, s, candidate)
-            f = (f - rows.target * s.unsqueeze(-1)) * scale.unsqueeze(-1)
-            self.add(candidate, f, (s * scale).double().sum((1, 3)).T)
+        weight, target = rows.grouped(rows.weight), rows.grouped(rows.target.to(shifted.dtype)).unsqueeze(4)
+        softmax = self._softmax_sums(rows, shifted) if self.before is None else None
+        for candidates in self.parts(shifted):
+            f, s = self.features(rows, shifted, candidates)
+            z = self._own_sums(s, candidates) if softmax is None else softmax[:, :, self._top_of[candidates]]
+            scale = (weight / z).unsqueeze(4)
+            s_scaled = (s * scale).double().sum(-1)
+            f.sub_(target * s.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+            self.add(candidates, f, s_scaled)
 
-    def _partition_sums(self, rows: Rows, shifted: Tensor, s: Tensor, candidate: int) -> Tensor:
-        if self.before is None:
-            top = self.intervals.tops[candidate].float()[:, None, None]
-            return ((shifted - top).exp() * rows.visible).sum(-1).clamp(min=1e-30, max=1e30)
-        z = torch.einsum("hk,kbht->bht", self.before[candidate].float(), s)
+    def _softmax_sums(self, rows: Rows, shifted: Tensor) -> Tensor:
+        """Returns softmax's Z_i from each different top, (b, G, tops, H / G, Tq)."""
+        left = rows.log_partition_sums() - (rows.scores[..., 0] - shifted[..., 0])
+        tops = grouped(self._tops, rows.value.shape[1]).squeeze(-1)
+        return (rows.grouped(left) - tops).exp_().clamp_(min=1e-30, max=1e30).to(shifted.dtype)
+
+    def _own_sums(self, s: Tensor, candidates: slice) -> Tensor:
+        """Returns |Z_i| of the coefficients before, (b, G, C, H / G, Tq)."""
+        assert self.before is not None
+        c = self.before[candidates].to(s.dtype)
+        c = c.reshape(len(c), s.shape[1], -1, c.shape[-1]).transpose(0, 1)  # (G, C, H / G, K)
+        z: Tensor = (c.unsqueeze(-2) @ s).squeeze(-2)
         return z.abs().clamp(min=1e-30)
 
     def solve(self) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...patching.row_shift import evaluate
 from ...spec import PolyAttentionConfig, Polynomial
-from .interval import Intervals
+from .interval import Intervals, grouped
+from .normal_equations import candidates_at_once, of_heads
 from .rows import Rows
 
 
@@ -58,17 +58,32 @@ class MeasuredErrors:
 
     def see(self, rows: Rows, shifted: Tensor) -> None:
         """Adds rows."""
-        target = self.target.see(rows)
-        for candidate in range(len(self.intervals)):
-            t = self.intervals.arguments(shifted, candidate)
-            w = evaluate(self.spec, self.coefficients[candidate], t) * rows.visible
+        target, groups = rows.grouped(self.target.see(rows)).flatten(4).unsqueeze(-1), rows.value.shape[1]
+        weight, value = rows.grouped(rows.weight).float(), rows.value.flatten(0, 1).float()
+        shifted = shifted.float()  # as the operator has them
+        visible = rows.grouped(rows.visible).float()
+        for candidates in candidates_at_once(len(self.intervals), 2 * shifted.numel()):
+            t = self.intervals.grouped_arguments(shifted, candidates, groups)
+            w = self._weights(t, candidates, groups).mul_(visible)
             if self.spec.normalizer == "l1":
                 scale = 1.0 / w.abs().sum(-1).clamp(min=1e-37)
             else:
-                scale = rows.fixed_scale(self.spec.normalizer).expand_as(rows.weight)
-            out = (rows.apply(w) * (scale * rows.weight).unsqueeze(-1)).double()
-            self.product[candidate] += (out * target).sum((0, 2, 3))
-            self.output_square[candidate] += out.square().sum((0, 2, 3))
+                scale = rows.grouped(rows.fixed_scale(self.spec.normalizer)).float()
+            out = (w.flatten(0, 1).flatten(1, 3) @ value).reshape(*w.shape[:-1], -1)
+            out = out.mul_((scale * weight).unsqueeze(-1)).double().flatten(4)
+            self.product[candidates] += of_heads((out.unsqueeze(-2) @ target)[..., 0, 0])
+            self.output_square[candidates] += of_heads(out.square().sum(-1))
+
+    def _weights(self, t: Tensor, candidates: slice, groups: int) -> Tensor:
+        """Returns p(t)^s of `Intervals.grouped_arguments`, as `evaluate` does of one candidate."""
+        c = self.coefficients[candidates].to(t.dtype)
+        last, *others = (grouped(of_power, groups) for of_power in c.unbind(-1)[::-1])
+        w = last.expand_as(t).clone()
+        for of_power in others:
+            w.mul_(t).add_(of_power)
+        for _ in range(self.spec.power.bit_length() - 1):
+            w.square_()
+        return w
 
     def errors(self) -> Tensor:
         """Returns Σ‖out_i − o_i‖², (C, H)."""

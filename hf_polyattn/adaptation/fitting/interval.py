@@ -39,15 +39,28 @@ class Intervals:
 
     def arguments(self, shifted: Tensor, candidate: int) -> Tensor:
         """Returns t of shifted scores, with clamp limited to [−1, 1]."""
-        radius = self.widths[candidate].float()[:, None, None] / 2.0
-        center = self.tops[candidate].float()[:, None, None] - radius
-        t = (shifted - center) / radius
+        return self._arguments(shifted, *(ends[candidate][:, None, None] for ends in (self.tops, self.widths)))
+
+    def grouped_arguments(self, shifted: Tensor, candidates: slice, groups: int) -> Tensor:
+        """Returns t for several candidates: shifted (b, H, Tq, Tk) → (b, G, C, H / G, Tq, Tk)."""
+        b, _, q_len, k_len = shifted.shape
+        ends = (grouped(ends[candidates], groups) for ends in (self.tops, self.widths))
+        return self._arguments(shifted.reshape(b, groups, 1, -1, q_len, k_len), *ends)
+
+    def _arguments(self, shifted: Tensor, top: Tensor, width: Tensor) -> Tensor:
+        top, radius = top.to(shifted.dtype), width.to(shifted.dtype) / 2.0
+        t = (shifted - (top - radius)).div_(radius)
         return t.clamp_(-1.0, 1.0) if self.clamp else t
 
     def take(self, candidates: Tensor) -> Intervals:
         """Returns some candidates of each head, (C', H)."""
         below = None if self.below is None else take(self.below, candidates)
         return Intervals(take(self.tops, candidates), take(self.widths, candidates), self.clamp, below)
+
+
+def grouped(of_candidates: Tensor, groups: int) -> Tensor:
+    """Returns (C, H) as (G, C, H / G, 1, 1), beside scores of `Intervals.grouped_arguments`."""
+    return of_candidates.reshape(len(of_candidates), groups, -1).transpose(0, 1)[..., None, None]
 
 
 def take(tensor: Tensor, candidates: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -81,6 +82,8 @@ class LayerFit:
         self.config = replace(child.config, spec=spec)
         self.shift = RowShift(child.heads, child.head_dim, alpha_of(spec.normalizer), child.coefficients.device)
         self.refinements: list[FittedRefinement] = []
+        # What the shift, and each refinement, take from the scores of rows: those of a later pass are often the same.
+        self._steps: WeakKeyDictionary[Rows, list[Tensor]] = WeakKeyDictionary()
         choice.shifts.append(self.shift)
 
     @property
@@ -139,12 +142,15 @@ class LayerFit:
         return fit
 
     def _shifted(self, see: See) -> Callable[[Rows], None]:
-        refinements = tuple(self.refinements)
-
         def show(rows: Rows) -> None:
-            shifted = rows.scores - self.shift.of(rows).unsqueeze(-1)
-            for refinement in refinements:
-                shifted = shifted - refinement.of(rows, shifted).unsqueeze(-1)
+            steps = self._steps.setdefault(rows, [])
+            if not steps:
+                steps.append(self.shift.of(rows).unsqueeze(-1))
+            shifted = rows.scores - steps[0]
+            for number, refinement in enumerate(self.refinements, 1):
+                if number == len(steps):
+                    steps.append(refinement.of(rows, shifted).unsqueeze(-1))
+                shifted -= steps[number]
             see(rows, shifted)
 
         return show

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ...spec import PolyAttentionConfig
 from .interval import Intervals
 from .rows import Rows
+
+_POWERS = 2**20  # of t, for all candidates at once: what a core's cache holds, or nearly
 
 
 class NormalEquations:
@@ -19,32 +23,38 @@ class NormalEquations:
         self.matrix = zeros(*intervals.tops.shape, size, size)
         self.linear = zeros(*intervals.tops.shape, size)
 
-    def features(self, rows: Rows, shifted: Tensor, candidate: int) -> tuple[Tensor, Tensor]:
-        """Returns F_k, (K, b, H, Tq, Dv), and S_k = Σ_j m_ij t_ij^k, (K, b, H, Tq)."""
-        t = self.intervals.arguments(shifted, candidate)
-        power, features, sums = rows.visible.expand_as(t).clone(), [], []
-        for k in range(self.config.spec.degree + 1):
-            if k:
-                power.mul_(t)
-            features.append(rows.apply(power))
-            sums.append(power.sum(-1))
-        return torch.stack(features), torch.stack(sums)
+    def parts(self, shifted: Tensor) -> Iterator[slice]:
+        """Yields the candidates, as many at once as should be for so many scores."""
+        yield from candidates_at_once(len(self.intervals), shifted.numel() * (self.config.spec.degree + 1))
 
-    def add(self, candidate: int, features: Tensor, linear: Tensor | None = None, target: Tensor | None = None) -> None:
-        """Adds rows of g, (K, b, H, Tq, Dv), and their part of the linear term.
+    def features(self, rows: Rows, shifted: Tensor, candidates: slice) -> tuple[Tensor, Tensor]:
+        """Returns F_k, (b, G, C, H / G, K, Tq, Dv), and S_k = Σ_j m_ij t_ij^k, (b, G, C, H / G, K, Tq)."""
+        t = self.intervals.grouped_arguments(shifted, candidates, rows.value.shape[1])
+        b, groups, count, heads, q_len, k_len = t.shape
+        powers = t.new_empty(b, groups, count, heads, self.config.spec.degree + 1, q_len, k_len)
+        powers[..., 0, :, :] = rows.grouped(rows.visible)
+        for k in range(1, powers.shape[4]):
+            torch.mul(powers[..., k - 1, :, :], t, out=powers[..., k, :, :])
+        f = powers.flatten(0, 1).flatten(1, 4) @ rows.value.flatten(0, 1).to(t.dtype)
+        return f.reshape(*powers.shape[:-1], -1), powers.sum(-1)
+
+    def add(
+        self, candidates: slice, features: Tensor, linear: Tensor | None = None, target: Tensor | None = None
+    ) -> None:
+        """Adds rows of g, (b, G, C, H / G, K, Tq, Dv), and their part of the linear term.
 
         Args:
-            candidate: whose equations.
+            candidates: whose equations.
             features: g.
-            linear: (H, K); None for the products of g and a target.
-            target: (b, H, Tq, Dv), float64.
+            linear: (b, G, C, H / G, K); None for the products of g and a target.
+            target: (b, G, 1, H / G, Tq, Dv), float64.
         """
-        g = features.permute(2, 0, 1, 3, 4).flatten(2).double()  # (H, K, rows)
-        self.matrix[candidate] += g @ g.transpose(1, 2)
+        g = features.double().flatten(5)
+        self.matrix[candidates] += of_heads(g @ g.mT)
         if linear is None:
             assert target is not None
-            linear = (g @ target.transpose(0, 1).flatten(1).unsqueeze(-1)).squeeze(-1)
-        self.linear[candidate] += linear
+            linear = (g @ target.flatten(4).unsqueeze(-1)).squeeze(-1)
+        self.linear[candidates] += of_heads(linear)
 
     def pooled(self) -> tuple[Tensor, Tensor]:
         """Returns the sums by which heads are solved: their own, or those of the layer if it has one polynomial."""
@@ -52,3 +62,15 @@ class NormalEquations:
             return self.matrix, self.linear
         summed = (tensor.sum(1, keepdim=True).expand_as(tensor) for tensor in (self.matrix, self.linear))
         return next(summed), next(summed)
+
+
+def candidates_at_once(count: int, numbers: int) -> Iterator[slice]:
+    """Yields the slices of `count` candidates, each of which takes so many numbers, that are computed together."""
+    step = max(1, _POWERS // max(1, numbers))
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def of_heads(summands: Tensor) -> Tensor:
+    """Returns sums over batch entries: (b, G, C, H / G, …) → (C, H, …)."""
+    return summands.sum(0).transpose(0, 1).flatten(1, 2)

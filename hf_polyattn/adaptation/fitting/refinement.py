@@ -61,7 +61,7 @@ class FittedRefinement:
 
     def of(self, rows: Rows, shifted: Tensor) -> Tensor:
         """Returns the step of each row, (b, H, Tq)."""
-        return step(self.row_sums(rows, shifted), self.steps.float())
+        return step(self.row_sums(rows, shifted), self.steps.to(shifted.dtype))
 
     def write(self, module: Refinement, top: Tensor, radius: Tensor) -> None:
         """Copies this refinement into a module, whose attention has the interval [top − 2 · radius, top], (H,) each."""

@@ -36,10 +36,10 @@ class Regression:
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Adds rows: x (b, H, Tq, F), y and weight (b, H, Tq)."""
-        x, y = x.double() * weight.unsqueeze(-1), y.double() * weight
-        self.gram += torch.einsum("bhti,bhtj->hij", x, x)
-        self.moment += torch.einsum("bhti,bht->hi", x, y)
-        self.square += y.square().sum((0, 2))
+        x, y = (rows_of_heads(part) for part in (x * weight.unsqueeze(-1), (y.double() * weight).unsqueeze(-1)))
+        self.gram += x.mT @ x
+        self.moment += (x.mT @ y).squeeze(-1)
+        self.square += y.square().sum((1, 2))
         self.count += float(weight[:, 0].sum())
 
     def __add__(self, other: Regression) -> Regression:
@@ -50,3 +50,8 @@ class Regression:
         """Returns the mean square of y − x·solution, (H,), of weights (H, F)."""
         explained = 2.0 * (solution * self.moment).sum(-1) - quadratic(solution, self.gram)
         return ((self.square - explained) / max(self.count, 1.0)).clamp(min=0.0)
+
+
+def rows_of_heads(x: Tensor) -> Tensor:
+    """Returns (b, H, Tq, F) as float64 (H, b · Tq, F)."""
+    return x.transpose(0, 1).flatten(1, 2).double()

@@ -7,6 +7,7 @@ weights are solved for here. Where the data leave a weight open it is that of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 from ...patching.core import PolyAttention
 from ...patching.row_shift import FEATURES, MomentShift, features
 from ...spec import RowShift as Kind
-from .regression import Regression
+from .regression import Regression, rows_of_heads
 from .rows import Rows
-from .solves import solve
+from .solves import Factored
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the variance of a feature, that are tried on rows held out
 HELD_OUT = 4  # of so many batch entries one is held out
@@ -77,7 +78,9 @@ class RowShift:
         counts = rows.count.expand_as(rows.weight)[:, :1][real]
         if counts.numel():
             self.lengths = [min(self.lengths[0], float(counts.min())), max(self.lengths[1], float(counts.max()))]
-        numbers = torch.arange(self._entries, self._entries + len(x), device=x.device)
+        numbers = rows.entries
+        if numbers is None:
+            numbers = torch.arange(self._entries, self._entries + len(x), device=x.device)
         self._entries += len(x)
         held_out = numbers % HELD_OUT == HELD_OUT - 1
         for sums, part in ((self._fitted, ~held_out), (self._held_out, held_out)):
@@ -90,8 +93,8 @@ class RowShift:
 
     def _features(self, rows: Rows) -> Tensor:
         """Returns x_i, (b, H, Tq, 2 D + 8 + R + 1): scaled query, log n times it, φ of `patching.row_shift`, 1."""
-        query = rows.query * rows.scaling
-        found = features(query, *rows.moments(), rows.count, self.squares)
+        query = rows.query.to(rows.scores.dtype) * rows.scaling
+        found = features(query, *rows.moments(), rows.count, self.squares.to(query.dtype))
         return torch.cat([query, found[..., _LOG_N, None] * query, found, torch.ones_like(found[..., :1])], -1)
 
     def _used(self, predictor: Predictor) -> Tensor:
@@ -113,8 +116,8 @@ class RowShift:
             weights[place + _M], weights[place + _V], weights[place + _LOG_N] = 1.0, 0.5, 1.0 - self.alpha
         return weights
 
-    def _solve(self, sums: Regression, predictor: Predictor, ridge: float) -> Tensor:
-        """Returns the weights, (H, F)."""
+    def _solver(self, sums: Regression, predictor: Predictor) -> Callable[[float], Tensor]:
+        """Returns what gives the weights, (H, F), for a ridge."""
         base = self._prior(predictor)
         moment = sums.moment - sums.gram @ base
         mean = sums.gram[..., -1] / sums.count
@@ -123,10 +126,14 @@ class RowShift:
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         least = _LEAST_VARIANCE * sums.gram.diagonal(dim1=-2, dim2=-1)
         learned = (variance > least) & self._used(predictor)  # (H, F); the constant varies nowhere
-        covariance = covariance * learned.unsqueeze(-1) * learned.unsqueeze(-2)
-        solution = solve(covariance, product * learned, ridge=ridge) * learned
-        solution[:, -1] = moment[:, -1] / sums.count - (solution * mean)[:, :-1].sum(-1)
-        return solution + base
+        factored = Factored(covariance * learned.unsqueeze(-1) * learned.unsqueeze(-2))
+
+        def solve(ridge: float) -> Tensor:
+            solution = factored.solve(product * learned, ridge) * learned
+            solution[:, -1] = moment[:, -1] / sums.count - (solution * mean)[:, :-1].sum(-1)
+            return solution + base
+
+        return solve
 
     def unknowns(self, predictor: Predictor) -> int:
         """Returns how many weights a predictor has for each head."""
@@ -137,7 +144,8 @@ class RowShift:
         if min(self._held_out.count, self._fitted.count) < 2.0:
             return torch.nan, RIDGES[0]
         if predictor not in self._errors:  # the choice asks, and what was chosen is solved for
-            errors = {r: float(self._held_out.error(self._solve(self._fitted, predictor, r)).mean()) for r in RIDGES}
+            solve = self._solver(self._fitted, predictor)
+            errors = {ridge: float(self._held_out.error(solve(ridge)).mean()) for ridge in RIDGES}
             ridge = min(errors, key=errors.__getitem__)
             self._errors[predictor] = errors[ridge], ridge
         return self._errors[predictor]
@@ -148,9 +156,9 @@ class RowShift:
             self._drop_squares()
         _, ridge = self.held_out_error(predictor)
         self.predictor, sums = predictor, self._fitted + self._held_out
-        self._solution = self._solve(sums, predictor, ridge)
+        self._solution = self._solver(sums, predictor)(ridge)
         self.residual = sums.error(self._solution).sqrt()
-        self.spread = sums.error(self._solve(sums, Predictor("none"), ridge)).sqrt()
+        self.spread = sums.error(self._solver(sums, Predictor("none"))(ridge)).sqrt()
         self._mean = sums.gram[..., -1] / sums.count
         square = sums.gram.diagonal(dim1=-2, dim2=-1) / sums.count
         variance = square - self._mean.square()
@@ -174,7 +182,8 @@ class RowShift:
 
     def of(self, rows: Rows) -> Tensor:
         """Returns the predicted s_i, (b, H, Tq)."""
-        shift: Tensor = torch.linalg.vecdot(self._features(rows), self._solution.float()[:, None])
+        features = self._features(rows)
+        shift: Tensor = torch.linalg.vecdot(features, self._solution.to(features.dtype)[:, None])
         return shift
 
     def write(self, child: PolyAttention, top: Tensor, radius: Tensor) -> None:
@@ -206,15 +215,18 @@ class Directions:
     def __init__(self, shift: RowShift, count: int) -> None:
         self.shift, self.count = shift, count
         zeros = torch.zeros(shift.heads, shift.head_dim, shift.head_dim, dtype=torch.float64, device=shift.device)
-        self._left, self._square, self._sum = zeros, zeros.clone(), zeros[..., 0].clone()
+        self._left, self._square = zeros, zeros.clone()
 
     def see(self, rows: Rows) -> None:
         """Adds rows."""
-        left = ((self.shift.target(rows) - self.shift.of(rows)) * rows.weight).double()
-        query = (rows.query * rows.scaling).double() - self.shift._mean[:, None, : self.shift.head_dim]
-        self._left += torch.einsum("bhti,bhtj->hij", query * left.unsqueeze(-1), query)
-        query = query * rows.weight.unsqueeze(-1)
-        self._square += torch.einsum("bhti,bhtj->hij", query, query)
+        left = rows_of_heads(((self.shift.target(rows) - self.shift.of(rows)) * rows.weight).unsqueeze(-1))
+        query = (
+            rows_of_heads(rows.query.to(rows.scores.dtype) * rows.scaling)
+            - self.shift._mean[:, None, : self.shift.head_dim]
+        )
+        self._left += (query * left).mT @ query
+        query *= rows_of_heads(rows.weight.unsqueeze(-1))
+        self._square += query.mT @ query
 
     def solve(self) -> Tensor:
         """Returns u, (H, R, D), of variance 1 on the queries."""

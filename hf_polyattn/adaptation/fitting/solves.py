@@ -38,14 +38,26 @@ def exponential_fit(degree: int, width: float, below: float = 0.0) -> Tensor:
     return solution
 
 
+class Factored:
+    """Symmetric positive semi-definite matrices (..., n, n), rank-deficient ones too, to solve with several ridges."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._scale = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=1e-300).rsqrt()
+        scaled = matrix * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
+        self._values, self._vectors = torch.linalg.eigh(scaled)
+
+    def solve(self, vector: Tensor, ridge: float = 1e-12) -> Tensor:
+        """Returns the solution, (..., n); `ridge` is on the matrices with a diagonal of 1."""
+        scale, values, vectors = self._scale, self._values, self._vectors
+        inverse = 1.0 / (values + ridge) * (values > 1e-13 * values[..., -1:])
+        rotated = (vectors.transpose(-1, -2) @ (vector * scale).unsqueeze(-1)).squeeze(-1)
+        solution: Tensor = scale * (vectors @ (inverse * rotated).unsqueeze(-1)).squeeze(-1)
+        return solution
+
+
 def solve(matrix: Tensor, vector: Tensor, ridge: float = 1e-12) -> Tensor:
     """Solves symmetric positive semi-definite systems (..., n, n) x = (..., n), rank-deficient ones too."""
-    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=1e-300).rsqrt()
-    values, vectors = torch.linalg.eigh(matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    inverse = 1.0 / (values + ridge) * (values > 1e-13 * values[..., -1:])
-    rotated = (vectors.transpose(-1, -2) @ (vector * scale).unsqueeze(-1)).squeeze(-1)
-    solution: Tensor = scale * (vectors @ (inverse * rotated).unsqueeze(-1)).squeeze(-1)
-    return solution
+    return Factored(matrix).solve(vector, ridge)
 
 
 def solve_ratio(matrix: Tensor, vector: Tensor) -> Tensor:
