@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_polyattn.hub.card_template import fill_template, markdown_table
 
+from .grid import measure_of
 from .row_card import CONTROL, change, devices, metadata, words
 
 NORMS = ("attention_norm", "jacobian_norm")  # of `hf_polyattn.Monitor`
@@ -149,7 +150,7 @@ def grid(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         for arm, own in data["grid"].items()
     ]
     text = (
-        f"Learning rates were chosen for every arm alike, by {row['metric']} with seed {row['grid']['seed']}, which no "
-        f"figure above is of, on data that are not those above (`{words(row['grid']['words'])}`):"
+        f"Learning rates were chosen for every arm alike, by {measure_of(row)} with seed {row['grid']['seed']}, which "
+        f"no figure above is of, on data that are not those above (`{words(row['grid']['words'])}`):"
     )
     return f"{text}\n\n{markdown_table(['arm', *rates], rows)}"

@@ -35,7 +35,7 @@ OWN = {
 }
 # The others of a row differ from these in values alone, and in specs: the tests below.
 ARMS = {
-    "from-scratch-vit": ["control", "learned"],
+    "from-scratch-vit": ["control", "learned", "closer_shift"],
     "from-scratch-lm": ["llama", "llama_fixed", "closer_learned", "closer_shift"],
     "from-scratch-translation": ["control", "normalised"],
 }
@@ -149,6 +149,10 @@ def test_each_arm_gets_the_rate_with_which_it_did_best(measure: Any) -> None:
     assert list(grid.arms_of_grid(row)) == list(measures)
     assert grid.chosen({**row, "higher_is_better": True}, measures) == {"a": 1e-3, "b": 3e-3, "c": 1e-3}
     assert grid.chosen({**row, "higher_is_better": False}, measures) == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    lower = {**row, "higher_is_better": True, "metric": "bleu"}
+    lower["grid"] = {**row["grid"], "metric": "nll", "higher_is_better": False}
+    assert grid.chosen(lower, measures) == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    assert (grid.measure_of(lower), grid.measure_of({**row, "metric": "bleu"})) == ("nll", "bleu")
     assert grid.as_table(row, measures)["b"] == {"0.001": None, "0.003": 5.0}
 
 
