@@ -162,6 +162,7 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
-        for name in ("attention_dropout", "dropout_prob"):  # numbers that attention modules hand on
+        # numbers that modules hand on, to attention or to a function: Marian and BART have no module for it
+        for name in ("attention_dropout", "dropout_prob", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, probability)

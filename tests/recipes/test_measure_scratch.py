@@ -36,7 +36,7 @@ OWN = {
 # The others of a row differ from these in values alone, and in specs: the tests below.
 ARMS = {
     "from-scratch-vit": ["control", "learned", "closer_shift"],
-    "from-scratch-lm": ["llama", "llama_fixed", "closer_learned", "closer_shift"],
+    "from-scratch-lm": ["control", "llama", "llama_fixed", "closer_learned", "closer_shift"],
     "from-scratch-translation": ["control", "normalised"],
 }
 
