@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ PICTURES = (
     "benchmarks/demo.png",
     "benchmarks/cpu.png",
     "benchmarks/h200.png",
+    "model_cards/from-scratch-lm.png",
     "model_cards/from-scratch-vit.png",
     "model_cards/llama-stories260K.png",
 )
@@ -137,11 +139,11 @@ def cards() -> str:
     return table(["card", "arm", "measure", "mean ± half the range", "seeds"], rows)
 
 
-def scratch() -> str:
-    """Returns what the card of the ViT from scratch says of its arms, with its picture."""
-    card = (ROOT / "model_cards/from-scratch-vit.md").read_text()
+def scratch(name: str) -> str:
+    """Returns what the card of a row from scratch says of its arms, with its picture."""
+    card = (ROOT / f"model_cards/from-scratch-{name}.md").read_text()
     measured = card.partition("\n## Measured\n")[2].partition("\n## ")[0].strip()
-    return measured.replace("](from-scratch-vit.png)", "](../model_cards/from-scratch-vit.png)")
+    return measured.replace(f"](from-scratch-{name}.png)", f"](../model_cards/from-scratch-{name}.png)")
 
 
 def families() -> str:
@@ -164,7 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "models": models,
     "private": private,
-    "scratch": scratch,
+    **{f"scratch-{name}": partial(scratch, name) for name in ("vit", "lm")},
     "speed": speed,
     "gpu": lambda: speed("benchmarks/h200.json"),
 }

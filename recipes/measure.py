@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from parts.grid import AT, arms_of_grid, as_table, chosen, with_budget
+from parts.grid import AT, arms_of_grid, as_table, chosen, measure_of, with_budget
 from parts.plotting import plot_curves, plot_norms
 from parts.row_card import CONTROL, START, untrained
 from parts.row_card import card as row_card
@@ -91,7 +91,7 @@ def try_learning_rates(row: dict[str, Any], arguments: argparse.Namespace) -> di
     run_all(tried, [(name, row["grid"]["seed"]) for name in wanted], arguments)
     files = {name: output(arguments, name, row["grid"]["seed"]) / RESULTS for name in tried["arms"]}
     results = {name: last_stage(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
-    measures = {name: result.get(row["metric"]) for name, result in results.items()}
+    measures = {name: result.get(measure_of(row)) for name, result in results.items()}
     for arm, rate in chosen(row, measures).items():
         row["arms"][arm]["words"]["learning_rate"] = rate
     return measures

@@ -39,6 +39,12 @@ class FinetuningArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "with --adapt none or --from_scratch: of t^0, t^1 …, in place of the bare monomial's"},
     )
+    row_shift: Literal["none", "moments"] = dataclasses.field(
+        default="none",
+        metadata={
+            "help": "with --adapt none or --from_scratch: moments moves the scores of a row by their mean and variance"
+        },
+    )
     norms: bool = dataclasses.field(
         default=False, metadata={"help": "log the norms of each layer's attention and of its Jacobian, softmax's too"}
     )
@@ -169,7 +175,7 @@ class FinetuningArguments(TrainingArguments):
         """Returns the arguments on which the numbers of an arm depend: `--resume` must be given the same."""
         names = (
             *("model", "dtype", "adapt", "calibrate_only", "calibration_batches"),
-            *("from_scratch", "config_overrides", "tokenizer", "learnable", "initial_coefficients"),
+            *("from_scratch", "config_overrides", "tokenizer", "learnable", "initial_coefficients", "row_shift"),
             *("anneal", "anneal_steps", "align_steps", "layer_steps"),
             *("distill_weight", "teacher", "dropout"),
             *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "coefficient_learning_rate"),

@@ -50,15 +50,20 @@ def arms_of_grid(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure_of(row: Mapping[str, Any]) -> str:
+    """Returns by which measure learning rates are chosen: the row's, unless its grid is too short for that to tell."""
+    return str(row["grid"].get("metric", row["metric"]))
+
+
 def chosen(row: Mapping[str, Any], measures: Mapping[str, float | None]) -> dict[str, float]:
     """Returns the learning rate of each arm with which it did best; the first if it diverged with all.
 
     Args:
         row: with its grid.
-        measures: name of an arm of the grid -> the row's measure; None where it diverged.
+        measures: name of an arm of the grid -> its measure, see `measure_of`; None where it diverged.
     """
     rates = row["grid"]["rates"]
-    sign = 1.0 if row["higher_is_better"] else -1.0
+    sign = 1.0 if {**row, **row["grid"]}["higher_is_better"] else -1.0
 
     def quality(arm: str, rate: float) -> float:
         value = measures.get(f"{arm}{AT}{rate:g}")

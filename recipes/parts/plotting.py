@@ -8,6 +8,8 @@ from typing import Any
 
 from hf_polyattn.figures.style import INK, SERIES, canvas, color_of, legend_below, save, styled
 
+LEAST_NORM = 1e-3  # that is drawn, of √N: an arm without attention would press the others together
+
 
 @styled
 def plot_stages(specs: Mapping[str, Any], quality: str, path: Path) -> None:
@@ -86,11 +88,12 @@ def plot_norms(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path
             steps = [point[0]["step"] for point in points]
             values = [[seed[name] for seed in point] for point in points]
             color = color_of(number - 1) if number else INK  # the first is softmax
-            style = "-" if number <= len(SERIES) else "--"
+            style = ("-", "--", ":")[max(0, number - 1) // len(SERIES) % 3]
             axes.plot(steps, [sum(v) / len(v) for v in values], style, color=color, label=label.replace("`", ""))
             axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
         if bound is not None:
             axes.axhline(bound, color=INK, linestyle=":", linewidth=1.4, label="bound of Theorem 4.1 for softmax")
         axes.set(title=title, xlabel="training steps", yscale="log")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], LEAST_NORM))
     legend_below(figure, panels[0])
     save(figure, path)

@@ -17,7 +17,7 @@ from .arguments import CONTROL, FinetuningArguments
 def make_polynomial(
     model: PreTrainedModel, spec: str, arguments: FinetuningArguments, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """Patches a model in place with the polynomial of an arm, bare or with --initial_coefficients.
+    """Patches a model in place with the polynomial of an arm, bare or with --initial_coefficients and --row_shift.
 
     Args:
         model: softmax.
@@ -25,7 +25,7 @@ def make_polynomial(
         arguments: of the run.
         options: of `hf_polyattn.patch_model`.
     """
-    config = PolyAttentionConfig(Polynomial.parse(spec), learnable=arguments.learnable)
+    config = PolyAttentionConfig(Polynomial.parse(spec), learnable=arguments.learnable, row_shift=arguments.row_shift)
     hf_polyattn.patch_model(model, config, **options)
     given = arguments.initial_coefficients
     if given:
@@ -36,12 +36,13 @@ def make_polynomial(
 
 
 def check_coefficients(arguments: FinetuningArguments) -> None:
-    """Raises InputError if --initial_coefficients do not fit an arm, or leave it nothing to train."""
+    """Raises InputError if --initial_coefficients or --row_shift do not fit an arm, or leave it nothing to train."""
     given = arguments.initial_coefficients
+    for name, value in (("initial_coefficients", given), ("row_shift", arguments.row_shift != "none")):
+        if value and arguments.adapt != "none":
+            raise InputError(f"--{name} would be calibrated away; set --adapt none")
     if not given:
         return
-    if arguments.adapt != "none":
-        raise InputError("--initial_coefficients would be calibrated away; set --adapt none")
     for spec in arguments.spec:
         wanted = 0 if spec == CONTROL else Polynomial.parse(spec).degree + 1
         if wanted and len(given) != wanted:

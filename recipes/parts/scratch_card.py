@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_polyattn.hub.card_template import fill_template, markdown_table
 
+from .grid import measure_of
 from .row_card import CONTROL, change, devices, metadata, words
 
 NORMS = ("attention_norm", "jacobian_norm")  # of `hf_polyattn.Monitor`
@@ -53,7 +54,6 @@ def scratch_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> 
     command = f"python recipes/measure.py {name}{options}"
     places = "--checkpoints <folder of the checkpoints> --datasets <folder of the data sets>"
     arms = "\n".join(f"- {row['arms'][arm]['title']}: `{words(row['arms'][arm]['words'])}`" for arm in data["runs"])
-    arms = arms.replace("{checkpoints}", "<folder of the checkpoints>")
     measured = [
         f"{row['metric_meaning']}: mean over the seeds on held-out data, ± half the range between them. Every arm "
         "started from the weights that softmax started from with its seed, saw the same examples in the same order and "
@@ -69,7 +69,7 @@ def scratch_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> 
         measured.append(lengths(row, data))
     if data["grid"]:
         measured.append(grid(row, data))
-    return str(
+    text = str(
         fill_template(
             metadata(row, data["summary"]),
             title=row["title"],
@@ -85,6 +85,7 @@ def scratch_card(name: str, row: Mapping[str, Any], data: Mapping[str, Any]) -> 
             repository="<the arm's model folder>",
         )
     )
+    return text.replace("{checkpoints}", "<folder of the checkpoints>")
 
 
 def budget(name: str, data: Mapping[str, Any]) -> str:
@@ -122,14 +123,23 @@ def claim(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def lengths(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """Returns the table of measures at other lengths than those trained at."""
-    sizes = list(next(iter(data["others"].values())))
-    rows = [
-        [row["arms"][arm]["title"], *(f"{own[size]:.4f}" if size in own else "–" for size in sizes)]
-        for arm, own in data["others"].items()
-    ]
-    header = ["arm", *(f"{size} tokens" for size in sizes)]
-    return f"{row['metric']} at other lengths than those trained at:\n\n{markdown_table(header, rows)}"
+    """Returns the table of measures at other lengths than those trained at, each beside softmax's at that length."""
+    trained = next(iter(next(iter(data["others"].values()))))  # the first
+    sizes = sorted({size for own in data["others"].values() for size in own}, key=int)
+    rows = []
+    for arm, own in data["others"].items():
+        reference = row["arms"][arm].get("against", CONTROL)
+        softmax = {} if arm == reference else data["others"].get(reference, {})
+        cells = [f"{own[size]:.4f}" if size in own else "–" for size in sizes]
+        for number, size in enumerate(sizes):
+            if size in own and size in softmax:
+                cells[number] += f" ({change(own[size], softmax[size], row.get('unit', 'percent'))})"
+        rows.append([row["arms"][arm]["title"], *cells])
+    header = ["arm", *(f"{size} tokens" + (", as trained" if size == trained else "") for size in sizes)]
+    return (
+        f"{row['metric']} of the trained models on blocks of other lengths than they were trained at, in brackets "
+        f"against softmax at the same length:\n\n{markdown_table(header, rows)}"
+    )
 
 
 def grid(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -140,7 +150,7 @@ def grid(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         for arm, own in data["grid"].items()
     ]
     text = (
-        f"Learning rates were chosen for every arm alike, by {row['metric']} with seed {row['grid']['seed']}, which no "
-        f"figure above is of, on data that are not those above (`{words(row['grid']['words'])}`):"
+        f"Learning rates were chosen for every arm alike, by {measure_of(row)} with seed {row['grid']['seed']}, which "
+        f"no figure above is of, on data that are not those above (`{words(row['grid']['words'])}`):"
     )
     return f"{text}\n\n{markdown_table(['arm', *rates], rows)}"

@@ -56,6 +56,18 @@ class PolyAttentionTrainer(Trainer):
                 return TrainOutput(state.global_step, math.nan, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads the weights of a checkpoint into the model.
+
+        Some models (ViT) are saved under the names of older checkpoints. `from_pretrained` knows them; `Trainer` leaves
+        out what it does not know, with a warning, and would go on from other weights.
+        """
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the optimizer that the arguments name, over `hf_polyattn.param_groups`."""
         if self.optimizer is None:
@@ -150,6 +162,7 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
-        for name in ("attention_dropout", "dropout_prob"):  # numbers that attention modules hand on
+        # numbers that modules hand on, to attention or to a function: Marian and BART have no module for it
+        for name in ("attention_dropout", "dropout_prob", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, probability)

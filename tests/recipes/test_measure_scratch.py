@@ -33,10 +33,10 @@ OWN = {
     "from-scratch-lm": {"block_size": 16, "other_block_sizes": "8 32"},
     "from-scratch-translation": {"max_length": 12, "num_beams": 2, "max_eval_examples": 2},
 }
-# The others of a row differ from these by --spec and initializer_range alone: `test_arms_of_the_cards_train`.
+# The others of a row differ from these in values alone, and in specs: the tests below.
 ARMS = {
-    "from-scratch-vit": ["control", "learned"],
-    "from-scratch-lm": ["llama", "llama_fixed"],
+    "from-scratch-vit": ["control", "learned", "closer_shift"],
+    "from-scratch-lm": ["control", "llama", "llama_fixed", "closer_learned", "closer_shift"],
     "from-scratch-translation": ["control", "normalised"],
 }
 
@@ -82,7 +82,7 @@ def test_commands_of_a_card_run_and_the_card_says_what_they_wrote(
         assert f"| {found['stages']['reloaded'][rows[name]['metric']]:.4f} |" in card
     if name == "from-scratch-lm":
         assert [list(own) for own in written["others"].values()] == [["16", "8", "32"]] * len(arms)
-        assert "| arm | 16 tokens | 8 tokens | 32 tokens |" in card
+        assert "| arm | 8 tokens | 16 tokens, as trained | 32 tokens |" in card
     for folder in (shared("checkpoints"), tmp_path):
         assert str(folder) not in card + json.dumps(written)
 
@@ -104,8 +104,39 @@ def test_arms_of_the_cards_train(
     words += f"--config_overrides {ROWS['from-scratch-vit']} --eval_split test --learnable false --save_strategy no "
     words += "--max_train_examples 8 --max_eval_examples 4 --max_steps 1 --per_device_train_batch_size 4 --spec"
     results = run("image_classification", tmp_path, *words.split(), *arms)
-    assert set(results["arms"]) == set(arms) == {"softmax", "poly3", "poly3-none", "poly1", "poly2", "poly5"}
+    expected = {"softmax", "poly3", "poly3-none", "poly1", "poly2", "poly5", "taylor3-mean"}
+    assert set(results["arms"]) == set(arms) == expected
     assert all(arm["reload_is_equal"] for arm in results["arms"].values())
+
+
+def test_no_arm_of_a_card_is_told_what_no_run_here_was(measure: Any) -> None:
+    rows = yaml.safe_load((ROOT / "recipes/configs/measurements.yaml").read_text())
+    grid = importlib.import_module("parts.grid")
+    for name in ROWS:
+        for reduced in (False, True):
+            row = grid.with_budget(rows[name], reduced)
+            told = {word for arm in ARMS[name] for word in rows[name]["arms"][arm]["words"]} | set(row["words"])
+            assert told >= {word for arm in row["arms"].values() for word in arm["words"]}, name
+
+
+def test_picture_of_the_norms_has_the_bounds_of_the_theorem(
+    measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plotting = importlib.import_module("parts.plotting")
+    figures: list[Any] = []
+    monkeypatch.setattr(plotting, "save", lambda figure, path: figures.append(figure))
+    point = {"loss": 2.0, "grad_norm": 3.0, "attention_norm": 0.5, "jacobian_norm": 0.25}
+    seeds = [[{**point, "step": step, "attention_norm": norm} for step in (1.0, 2.0)] for norm in (0.5, 0.7)]
+    nothing = [[{**point, "step": step, "attention_norm": 1e-12, "jacobian_norm": 1e-12} for step in (1.0, 2.0)]]
+    plotting.plot_norms({"softmax": seeds, "nothing": nothing}, tmp_path / "norms.png")
+    attention, jacobian, gradient = figures[0].axes
+    for axes, bound in ((attention, 1.0), (jacobian, 2.0)):
+        assert [bound, bound] in [list(line.get_ydata()) for line in axes.lines]
+        assert axes.get_ylim()[0] == plotting.LEAST_NORM  # an arm without attention leaves the others room
+    assert all(list(line.get_ydata()) == [3.0, 3.0] for line in gradient.lines)
+    assert list(attention.lines[0].get_ydata()) == pytest.approx([0.6, 0.6])  # the mean; and the range around it:
+    band = attention.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.5, 0.7))
 
 
 def test_each_arm_gets_the_rate_with_which_it_did_best(measure: Any) -> None:
@@ -118,6 +149,10 @@ def test_each_arm_gets_the_rate_with_which_it_did_best(measure: Any) -> None:
     assert list(grid.arms_of_grid(row)) == list(measures)
     assert grid.chosen({**row, "higher_is_better": True}, measures) == {"a": 1e-3, "b": 3e-3, "c": 1e-3}
     assert grid.chosen({**row, "higher_is_better": False}, measures) == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    lower = {**row, "higher_is_better": True, "metric": "bleu"}
+    lower["grid"] = {**row["grid"], "metric": "nll", "higher_is_better": False}
+    assert grid.chosen(lower, measures) == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    assert (grid.measure_of(lower), grid.measure_of({**row, "metric": "bleu"})) == ("nll", "bleu")
     assert grid.as_table(row, measures)["b"] == {"0.001": None, "0.003": 5.0}
 
 

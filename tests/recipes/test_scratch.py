@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,38 @@ def test_arm_killed_and_resumed_ends_with_the_bits_of_an_unbroken_one(
         ]
         assert len(norms[0][0]) == 1 + 2 * 2
         assert norms[0] == norms[1]
+
+
+def test_stopped_arm_crops_and_mirrors_as_an_unbroken_one_would(run: Run, pictures: str, tmp_path: Path) -> None:
+    words = [*pictures.split(), "--spec", "poly3", "--crop_padding", "4", "--in_memory", "true", "--max_steps", "6"]
+    words += ["--save_strategy", "steps", "--save_steps", "3"]  # 4 steps an epoch
+    whole = run("image_classification", tmp_path / "whole", *words)["arms"]["poly3"]
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole/poly3/checkpoint-3", stopped / "poly3/checkpoint-3")
+    resumed = run("image_classification", stopped, *words, "--resume")["arms"]["poly3"]
+    assert losses(resumed) == losses(whole)
+    assert resumed["stages"] == whole["stages"]
+    assert losses(run("image_classification", tmp_path / "plain", *words, "--augment", "false")["arms"]["poly3"]) != (
+        losses(whole)
+    )
+
+
+def test_row_shift_moves_each_row_by_its_own_scores(run: Run, stories_of: str, tmp_path: Path) -> None:
+    words = [*stories_of.split(), "--max_steps", "1", "--save_strategy", "no", "--learnable", "false"]
+    query, key, value = torch.randn(3, 1, 2, 32, 16, generator=torch.Generator().manual_seed(0)) / 2
+    key = key + 1.0  # what all keys share moves a row's scores, and no weight of softmax
+    softmax = (query @ key.transpose(2, 3) / 4).softmax(-1)
+    distance = {}
+    for shift in ("moments", "none"):
+        arm = run("causal_lm", tmp_path / shift, *words, "--spec", "taylor3-mean", "--row_shift", shift)["arms"]
+        assert arm["taylor3-mean"]["reload_is_equal"]
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / shift / "taylor3-mean/model")
+        for _, layer in patched_layers(model):
+            assert layer.config.row_shift == shift
+            with torch.no_grad():
+                _, weights = layer(query, key, value, return_weights=True)
+            distance[shift] = float((weights - softmax).abs().max())
+    assert distance["moments"] < 0.1 * distance["none"]
 
 
 def test_two_processes_train_one_tokenizer_and_give_what_one_gives(run: Run, stories_of: str, tmp_path: Path) -> None:
@@ -228,8 +261,9 @@ def test_config_that_does_not_fit_the_images_is_refused(
 def test_overrides_are_refused_where_a_checkpoint_has_its_own(run: Run, stories: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="are for --from_scratch"):
         run("causal_lm", tmp_path, *stories, "--config_overrides", "num_hidden_layers=1")
-    with pytest.raises(SystemExit, match="would be calibrated away; set --adapt none"):
-        run("causal_lm", tmp_path, *stories, "--spec", "poly3", "--initial_coefficients", "0", "0", "0", "1")
+    for words in ("--initial_coefficients 0 0 0 1", "--row_shift moments"):
+        with pytest.raises(SystemExit, match=f"{words.split()[0]} would be calibrated away; set --adapt none"):
+            run("causal_lm", tmp_path, *stories, "--spec", "poly3", *words.split())
 
 
 def test_tokenizer_of_few_texts_has_the_bytes(run: Run, tmp_path: Path) -> None:

@@ -87,6 +87,29 @@ def test_measures_are_those_of_sacrebleu(new: tuple[Path, dict[str, Any]], run: 
     assert 30 < found["bleu"] < 100
 
 
+def test_labels_are_smoothed(new: tuple[Path, dict[str, Any]], run: Run, pairs: str, tmp_path: Path) -> None:
+    """The loss of the first step is Trainer's: 0.9 of the reference's, and 0.1 of the mean over the vocabulary."""
+    recipe = importlib.import_module("translation")
+    words = f"--from_scratch --model {new[0] / 'softmax/model'} {pairs} --spec softmax --max_train_examples 8 "
+    run("translation", tmp_path / "start", *words.split(), "--max_steps", "0", "--dropout", "0")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "start/softmax/model")
+    tokenizer = AutoTokenizer.from_pretrained(new[0] / "softmax/model")
+    data = recipe.PairArguments(dataset=words.split()[words.split().index("--dataset") + 1], max_train_examples=8)
+    rows = recipe.encode_rows(recipe.read_pairs(data)[0][:], tokenizer=tokenizer, sides=("en", "de"), max_length=24)
+    examples = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    batch = recipe.collate(examples, padding=tokenizer.pad_token_id, start=model.config.decoder_start_token_id)
+    with torch.no_grad():
+        logged = model(**batch).logits.log_softmax(-1)
+    kept = batch["labels"] != recipe.IGNORED
+    reference = -logged[kept].gather(1, batch["labels"][kept][:, None]).mean()
+    expected = {0.1: 0.9 * reference - 0.1 * logged[kept].mean(), 0.0: reference}
+    assert abs(expected[0.1] - expected[0.0]) > 1e-3
+    for share, loss in expected.items():
+        told = [*words.split(), "--max_steps", "1", "--dropout", "0", "--label_smoothing_factor", share]
+        arm = run("translation", tmp_path / str(share), *told)["arms"]["softmax"]
+        assert losses(arm)[0] == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_checkpoint_is_calibrated_and_fine_tuned(
     new: tuple[Path, dict[str, Any]], run: Run, pairs: str, tmp_path: Path
 ) -> None:
