@@ -21,7 +21,7 @@ from hf_polyattn.files import written_beside
 
 CLAMP_FREE = " clamp-free"
 STEP = 8  # tokens by which the lengths of a file's rows differ
-TRAINED_TOKENS = 2048  # in a step of distillation, whatever its length
+TRAINED_TOKENS = 1024  # in a step of distillation, whatever its length
 
 
 @dataclass(frozen=True, slots=True)
