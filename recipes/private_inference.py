@@ -40,8 +40,9 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--samples", type=int, default=8, help="of --data, that are run: the longest ones")
     group.add_argument("--layers", type=int, help="only so many of the first layers")
     group.add_argument("--sequences", type=int, default=32, help="for calibration, of each length; and for quality")
-    group.add_argument("--distill_steps", type=int, default=300, help="for the arms without a clamp")
-    group.add_argument("--learning_rate", type=float, help="of these steps; default: that of hp.distill")
+    group.add_argument("--distill_steps", type=int, default=600, help="for the arms without a clamp")
+    group.add_argument("--learning_rate", type=float, help="peak of these steps; default: that of hp.distill")
+    group.add_argument("--coefficient_learning_rate", type=float, help="the same, of the polynomials")
     group = parser.add_argument_group("run")
     group.add_argument("--protocols", nargs="+", default=["SEMI2K", "ABY3"], choices=["SEMI2K", "ABY3"])
     group.add_argument("--field", default="FM64", choices=["FM64", "FM128"], help="ring of the shares")
@@ -72,7 +73,7 @@ def prepare(options: argparse.Namespace) -> None:
         texts,
         options.arms,
         options.distill_steps,
-        options.learning_rate,
+        (options.learning_rate, options.coefficient_learning_rate),
         options.output_dir,
         options.layers,
     )

@@ -65,7 +65,7 @@ def prepare(
     texts: Texts,
     arms: list[str],
     steps: int,
-    rate: float | None,
+    rates: tuple[float | None, float | None],
     output: Path,
     layers: int | None,
 ) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def prepare(
         texts: what to calibrate on and to measure with.
         arms: `softmax` first, then the others.
         steps: of distillation, for the arms without a clamp.
-        rate: its peak learning rate; None for that of `distill`.
+        rates: its peak learning rates, of the weights and of the polynomials; None for those of `distill`.
         output: folder that is written.
         layers: only so many of the first ones; None for all.
 
@@ -86,7 +86,7 @@ def prepare(
     """
     about: dict[str, Any] = {"model": name, "layers": layers, "distillation_steps": steps, "arms": {}}
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if torch.cpu._is_avx512_bf16_supported() else "no")
-    about["trained_in"] = accelerator.mixed_precision
+    about |= {"learning_rates": rates, "trained_in": accelerator.mixed_precision}
     expected: list[Tensor] | None = None
     with written_beside(output) as partial:
         partial.mkdir()
@@ -99,7 +99,9 @@ def prepare(
                 report = hp.calibrate(model, batches, max_batches=None, progress=False)
                 if steps and arm.name.endswith(CLAMP_FREE):
                     training = [{"input_ids": batch} for batch in texts.training]
-                    hp.distill(model, training, steps=steps, lr=rate, accelerator=accelerator)
+                    hp.distill(
+                        model, training, steps=steps, lr=rates[0], coefficient_lr=rates[1], accelerator=accelerator
+                    )
                     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # float32 again
             outputs = [answer(model, batch) for batch in texts.held_out]
             expected = outputs if expected is None else expected
