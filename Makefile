@@ -90,7 +90,7 @@ $(PRIVATE)/.done: recipes/requirements-private.txt
 	touch $@
 
 private: $(VENV)/.done $(PRIVATE)/.done
-	$(BIN)/python recipes/private_inference.py prepare --distill_steps 60
+	$(BIN)/python recipes/private_inference.py prepare
 	$(PRIVATE)/bin/python recipes/private_inference.py run --whole_samples 1 --loopback SEMI2K ABY3
 	$(BIN)/python recipes/private_inference.py report
 

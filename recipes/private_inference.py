@@ -40,7 +40,9 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--samples", type=int, default=8, help="of --data, that are run: the longest ones")
     group.add_argument("--layers", type=int, help="only so many of the first layers")
     group.add_argument("--sequences", type=int, default=32, help="for calibration, of each length; and for quality")
-    group.add_argument("--distill_steps", type=int, default=0, help="for the arms without a clamp")
+    group.add_argument("--distill_steps", type=int, default=600, help="for the arms without a clamp")
+    group.add_argument("--learning_rate", type=float, help="peak of these steps; default: that of hp.distill")
+    group.add_argument("--coefficient_learning_rate", type=float, help="the same, of the polynomials")
     group = parser.add_argument_group("run")
     group.add_argument("--protocols", nargs="+", default=["SEMI2K", "ABY3"], choices=["SEMI2K", "ABY3"])
     group.add_argument("--field", default="FM64", choices=["FM64", "FM128"], help="ring of the shares")
@@ -71,6 +73,7 @@ def prepare(options: argparse.Namespace) -> None:
         texts,
         options.arms,
         options.distill_steps,
+        (options.learning_rate, options.coefficient_learning_rate),
         options.output_dir,
         options.layers,
     )
@@ -85,30 +88,40 @@ def source(name: str) -> str:
 def read_texts(options: argparse.Namespace) -> Any:
     """Returns sequences of the lengths that are asked for, or of a file's rows as long as they are."""
     import random
+    from itertools import cycle
 
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from hf_polyattn.examples import documentation_sentences
-    from private.preparing import Texts, by_length, pieces
+    from private.preparing import TRAINED_TOKENS, Texts, by_length, pieces, shuffled
 
     tokenizer = AutoTokenizer.from_pretrained(source(options.model))
     if options.data is None:
         sentences = documentation_sentences()
         random.Random(0).shuffle(sentences)
         half = len(sentences) // 2
+        known, held = sentences[:half], iter(sentences[half:])
         lengths, most = options.lengths, max(options.lengths)
+        limit = AutoConfig.from_pretrained(source(options.model)).max_position_embeddings
+        if not 0 < min(lengths) <= most <= limit:
+            raise PolyAttnError(f"--lengths {lengths}: {options.model} takes 1 to {limit} tokens")
         mixed = sorted({*lengths, 16, most // 2, most})
-        calibration = list(pieces(sentences[:half], tokenizer, mixed, options.sequences))
-        held_out = list(pieces(sentences[half:], tokenizer, lengths, options.sequences))
-        return Texts(calibration, held_out, [batch[:1] for batch in held_out])
+        first, ever = iter(known), shuffled(known)
+        calibration = [pieces(first, tokenizer, length, options.sequences) for length in mixed]
+        held_out = [pieces(held, tokenizer, length, options.sequences) for length in lengths]
+        each = zip(range(options.distill_steps), cycle(mixed), strict=False)
+        training = [pieces(ever, tokenizer, length, max(TRAINED_TOKENS // length, 1)) for _, length in each]
+        return Texts(calibration, training, held_out, [batch[:1] for batch in held_out])
     from datasets import load_dataset
 
     count = 8 * options.sequences
     rows = load_dataset(Path(options.data).suffix[1:], data_files=options.data, split=f"train[:{2 * count}]")
+    if options.column not in rows.column_names:
+        raise PolyAttnError(f"{options.data} has no column {options.column!r}; --column one of {rows.column_names}")
     tokens = tokenizer(list(rows[options.column]), truncation=True)["input_ids"]
     calibration, held_out = by_length(tokens[:count]), by_length(tokens[count:])
     longest = sorted(held_out, key=lambda batch: batch.shape[1])[-options.samples :]
-    return Texts(calibration, held_out, [batch[:1] for batch in longest])
+    return Texts(calibration, calibration, held_out, [batch[:1] for batch in longest])
 
 
 def run(options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ SHORTER = {
     "range(0, len(texts), 8)": "range(0, len(texts), 4)",
     "i : i + 8": "i : i + 4",
     'train[:2000]"), 200, 32': 'train[:64]"), 4, 8',
-    "steps=60": "steps=2",
+    "steps=600": "steps=2",
 }
 
 

@@ -109,9 +109,14 @@ def whole_program(model: Model, tokens: np.ndarray, visible: np.ndarray) -> tupl
     return (lambda weights, hidden: model.after_embedding(weights, hidden, visible)), weights, embeddings
 
 
-def as_jax_writes_it(model: Model) -> Model:
-    """Returns a softmax model that calls `jax.nn.softmax`, which divides every weight."""
-    layers = [replace(layer, plan=replace(layer.plan, kind="jax.nn.softmax")) for layer in model.layers]
+# Measured beside softmax's attention: a softmax that divides every weight, and no activation at all, which is the limit
+# of what any activation can gain.
+BESIDE = {"jax.nn.softmax": "jax.nn.softmax", "products alone": "products"}
+
+
+def of_kind(model: Model, kind: str) -> Model:
+    """Returns a softmax model whose layers are of another kind of `owner.Plan`."""
+    layers = [replace(layer, plan=replace(layer.plan, kind=kind)) for layer in model.layers]
     return replace(model, layers=layers)
 
 
@@ -255,7 +260,7 @@ def _programs(prepared: list[Prepared], number: int, settings: Settings) -> dict
         own = {name: x for name, x in arm.of(number).weights.items() if name.startswith(prefix)}
         models = {arm.arm: arm.of(number)}
         if arm.arm == "softmax":
-            models["jax.nn.softmax"] = as_jax_writes_it(arm.of(number))
+            models |= {name: of_kind(arm.of(number), kind) for name, kind in BESIDE.items()}
         for name, model in models.items():
             attention[name] = (attention_program(model, visible, layer), own, *operands)
             check(f"{name}'s attention", *ring, *attention[name])

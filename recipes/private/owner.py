@@ -32,12 +32,13 @@ class Plan:
     """What of a layer's attention is public: everybody runs the same program.
 
     Attributes:
-        kind: softmax or polynomial.
+        kind: softmax, jax.nn.softmax, polynomial, or products, which has nothing between the two products of matrices.
         degree, power, clamp: of the polynomial.
         row_sum: whether its row sum divides.
         alpha: of the fixed normalizer n^(−alpha), 0 for l1.
         monic: whether the highest coefficient is in the values.
         factored: whether the coefficients are those of a cubic (y² + a) (y + b) + c.
+        expanded: whether the cubic is in powers of the score itself, see `attention.expanded`.
         moments: whether mean and variance of the scores shift a row.
         lengths: of the calibration, between which n is held for the features of the length.
         refinements: how often the row sum does.
@@ -53,6 +54,7 @@ class Plan:
     alpha: float = 0.0
     monic: bool = True
     factored: bool = False
+    expanded: bool = False
     moments: bool = False
     lengths: tuple[float, float] = (1.0, 1e9)
     refinements: int = 0
@@ -207,8 +209,27 @@ def for_length(layer: Prepared, length: int, fraction_bits: int) -> Prepared:
         excess = np.ones(secrets["features"].shape[1])
         excess[1:6] = (length**2 * inverse_square) ** np.array([1, 1, 1, 2, 3])
         own = {"constant": constant, "columns": columns, "features": secrets["features"] / excess}
+        if plan.factored and plan.power == 1 and not (plan.clamp or plan.refinements or plan.row_sum):
+            inflection, own["coefficients"] = _at_inflection(secrets["coefficients"])
+            own["constant"] = constant + inflection
+            plan = replace(plan, expanded=True)
         secrets |= {name: np.asarray(x, np.float32) for name, x in own.items()}
     return replace(layer, plan=plan, secrets=secrets)
+
+
+def _at_inflection(factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where cubics have their inflection, (H,), and a, b and g of `attention.expanded` from there, (H, 3).
+
+    Args:
+        factors: c, a, b, 1 of (y² + a) (y + b) + c, (H, 4).
+    """
+    c, a, b, _ = factors.astype(np.float64).T
+    inflection = -b / 3.0
+    slope = a - b**2 / 3.0
+    height = c + a * b + inflection * a - 2.0 * inflection**3
+    roots = [np.roots([8.0, 0.0, 2.0 * slope, -height]) for slope, height in zip(slope, height, strict=True)]
+    real = np.array([found[np.abs(found.imag).argmin()].real for found in roots])
+    return inflection, np.stack([slope, 2.0 * slope + 8.0 * real**2, real], -1)
 
 
 def prepare(checkpoint: Checkpoint, head_dim: int) -> list[Prepared]:

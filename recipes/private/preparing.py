@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import Tensor
 
 import hf_polyattn as hp
@@ -19,6 +21,7 @@ from hf_polyattn.files import written_beside
 
 CLAMP_FREE = " clamp-free"
 STEP = 8  # tokens by which the lengths of a file's rows differ
+TRAINED_TOKENS = 1024  # in a step of distillation, whatever its length
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +47,27 @@ class Texts:
     """Sequences without padding, a batch a tensor (B, T).
 
     Attributes:
-        calibration: to calibrate and distill on.
+        calibration: to calibrate on.
+        training: to distill on.
         held_out: to measure quality on.
         samples: of the held-out ones, one a length, to run among parties: (1, T).
     """
 
     calibration: list[Tensor]
+    training: list[Tensor]
     held_out: list[Tensor]
     samples: list[Tensor]
 
 
 def prepare(
-    source: str, name: str, texts: Texts, arms: list[str], steps: int, output: Path, layers: int | None
+    source: str,
+    name: str,
+    texts: Texts,
+    arms: list[str],
+    steps: int,
+    rates: tuple[float | None, float | None],
+    output: Path,
+    layers: int | None,
 ) -> dict[str, Any]:
     """Saves each arm, what it makes of the samples, and how close it is to softmax in plain text.
 
@@ -65,6 +77,7 @@ def prepare(
         texts: what to calibrate on and to measure with.
         arms: `softmax` first, then the others.
         steps: of distillation, for the arms without a clamp.
+        rates: its peak learning rates, of the weights and of the polynomials; None for those of `distill`.
         output: folder that is written.
         layers: only so many of the first ones; None for all.
 
@@ -72,6 +85,8 @@ def prepare(
         What prepared.json says.
     """
     about: dict[str, Any] = {"model": name, "layers": layers, "distillation_steps": steps, "arms": {}}
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if torch.cpu._is_avx512_bf16_supported() else "no")
+    about |= {"learning_rates": rates, "trained_in": accelerator.mixed_precision}
     expected: list[Tensor] | None = None
     with written_beside(output) as partial:
         partial.mkdir()
@@ -83,7 +98,11 @@ def prepare(
                 batches = [{"input_ids": batch} for batch in texts.calibration]
                 report = hp.calibrate(model, batches, max_batches=None, progress=False)
                 if steps and arm.name.endswith(CLAMP_FREE):
-                    hp.distill(model, batches, steps=steps, progress=False)
+                    training = [{"input_ids": batch} for batch in texts.training]
+                    hp.distill(
+                        model, training, steps=steps, lr=rates[0], coefficient_lr=rates[1], accelerator=accelerator
+                    )
+                    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # float32 again
             outputs = [answer(model, batch) for batch in texts.held_out]
             expected = outputs if expected is None else expected
             model.save_pretrained(partial / arm.folder)
@@ -118,7 +137,7 @@ def answer(model: Any, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens)[0]  # type: ignore[no-any-return]
 
 
-def quality(model: Any, batches: list[Tensor], outputs: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
+def quality(model: Any, batches: list[Tensor], outputs: list[Tensor], expected: list[Tensor]) -> dict[str, Any]:
     """Returns the mean cosine of mean hidden states to softmax's, or the NLL of a token; in plain text."""
     if model.config.model_type == "gpt2":
         pairs = list(zip(batches, outputs, strict=True))
@@ -130,25 +149,32 @@ def quality(model: Any, batches: list[Tensor], outputs: list[Tensor], expected: 
     cosines = [
         torch.cosine_similarity(found.mean(1), wanted.mean(1)) for found, wanted in zip(outputs, expected, strict=True)
     ]
-    return {"cosine": float(torch.cat(cosines).mean())}
+    by_length: dict[str, dict[str, float]] = {}
+    for batch, found in zip(batches, cosines, strict=True):
+        by_length[str(batch.shape[1])] = {"mean": float(found.mean()), "worst": float(found.min())}
+    return {"cosine": float(torch.cat(cosines).mean()), "by_length": by_length}
 
 
-def pieces(sentences: list[str], tokenizer: Any, lengths: list[int], count: int) -> Iterator[Tensor]:
-    """Yields `count` sequences of each length, of whole sentences one after the other and cut: (count, T) each."""
-    at = 0
-    for length in lengths:
-        rows = []
-        while len(rows) < count:
-            text, tokens = "", []
-            while len(tokens) < length:
-                if at >= len(sentences):
-                    raise InputError(
-                        f"{len(sentences)} sentences are too few for {count} sequences of {lengths} tokens"
-                    )
-                text, at = f"{text} {sentences[at]}".strip(), at + 1
-                tokens = tokenizer(text, truncation=True, max_length=length)["input_ids"]
-            rows.append(tokens)
-        yield torch.tensor(rows)
+def pieces(sentences: Iterator[str], tokenizer: Any, length: int, count: int) -> Tensor:
+    """Returns `count` sequences of whole sentences, one after the other and cut: (count, length)."""
+    rows = []
+    while len(rows) < count:
+        text, tokens = "", []
+        while len(tokens) < length:
+            sentence = next(sentences, None)
+            if sentence is None:
+                raise InputError(f"the sentences are too few for {count} sequences of {length} tokens")
+            text = f"{text} {sentence}".strip()
+            tokens = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        rows.append(tokens)
+    return torch.tensor(rows)
+
+
+def shuffled(sentences: list[str]) -> Iterator[str]:
+    """Yields sentences for ever, in another order each time."""
+    generator = random.Random(0)
+    while True:
+        yield from generator.sample(sentences, len(sentences))
 
 
 def by_length(rows: list[list[int]]) -> list[Tensor]:

@@ -54,8 +54,8 @@ def molecules(
     """A layer of gpt2-zinc, prepared."""
     output = tmp_path_factory.mktemp("private") / "molecules"
     words = ["prepare", "--output_dir", output, "--model", checkpoint("gpt2-zinc"), "--layers", 1, "--samples", 1]
-    words += ["--data", shared("datasets/zinc/train.parquet"), "--sequences", 4, "--arms", *ARMS]
-    succeed(sys.executable, "recipes/private_inference.py", *words)
+    words += ["--data", shared("datasets/zinc/train.parquet"), "--sequences", 4, "--distill_steps", 0]
+    succeed(sys.executable, "recipes/private_inference.py", *words, "--arms", *ARMS)
     return output
 
 
@@ -81,13 +81,14 @@ def test_parties_compute_what_the_model_does(spu_python: str, molecules: Path) -
     assert (molecules / "private.png").stat().st_size > 0
 
 
-SENTENCES = ("softmax", "poly3")
+SENTENCES = ("softmax", "poly3", "poly3 clamp-free")
 
 
 def test_an_encoder_is_the_same_in_jax(spu_python: str, tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
-    """Twelve heads, whose products are one."""
+    """Twelve heads, in products of six, and a cubic in powers of the raw scores; trained, and float32 again."""
     words = ["--output_dir", tmp_path / "out", "--arms", *SENTENCES]
-    of_model = ["--model", checkpoint("minilm"), "--layers", 1, "--lengths", 12, "--sequences", 2]
+    of_model = ["--model", checkpoint("minilm"), "--layers", 1, "--lengths", 13, "--sequences", 2]
+    of_model += ["--distill_steps", 2, "--learning_rate", 1e-5]
     succeed(sys.executable, "recipes/private_inference.py", "prepare", *words, *of_model)
     run = ["--protocols", "ABY3", "--repeats", 1, "--whole_repeats", 0, "--loopback", "SEMI2K"]
     succeed(spu_python, "recipes/private_inference.py", "run", *words, *run)
@@ -96,7 +97,7 @@ def test_an_encoder_is_the_same_in_jax(spu_python: str, tmp_path: Path, checkpoi
     assert max(case["error"] for case in results["cases"]) < 0.01
     for processes in (None, True):
         arms = [case["arm"] for case in results["cases"] if case.get("processes") == processes]
-        assert arms == ["softmax", "jax.nn.softmax", "poly3"]
+        assert arms == ["softmax", "jax.nn.softmax", "products alone", "poly3", "poly3 clamp-free"]
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_has(spu_python: str, molecules: Path, tmp_path: Path) -> None:
@@ -117,6 +118,7 @@ import sys
 sys.path[:0] = ["recipes", "."]
 from private.attention import HEADS_AT_ONCE, by_head
 import numpy as np
+HEADS_AT_ONCE = HEADS_AT_ONCE["short"]
 rows, columns = np.random.default_rng(0).normal(size=(2, 8, 5, 5)).astype(np.float32)
 for heads in (1, HEADS_AT_ONCE, HEADS_AT_ONCE + 2):
     found = by_head(rows[:heads].transpose(1, 0, 2)[:3], columns[:heads, :, :4])
@@ -193,6 +195,31 @@ def test_a_run_is_added_to_what_it_does_not_measure_again() -> None:
 
 
 # ---------------------------------------------------------------- what is refused, without SPU
+
+
+@pytest.fixture
+def prepare(checkpoint: Callable[[str], Path]) -> Callable[..., None]:
+    recipe = importlib.import_module("private_inference")
+
+    def prepare(model: str, *words: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                sys, "argv", ["private_inference.py", "prepare", "--model", *map(str, (checkpoint(model), *words))]
+            )
+            recipe.prepare(recipe.arguments())
+
+    return prepare
+
+
+def test_texts_that_cannot_be_had_are_named(prepare: Any, shared: Callable[[str], Path]) -> None:
+    with pytest.raises(hp.PolyAttnError, match=r"--lengths \[16, 513\]: .* takes 1 to 512 tokens"):
+        prepare("minilm", "--lengths", 16, 513)
+    with pytest.raises(hp.PolyAttnError, match="the sentences are too few for 3000 sequences of 8 tokens"):
+        prepare("minilm", "--lengths", 16, "--sequences", 3000)
+    with pytest.raises(hp.PolyAttnError, match=r"has no column 'text'; --column one of \['sentence', 'label'\]"):
+        prepare("gpt2-zinc", "--data", shared("datasets/sst2/test.parquet"))
+    with pytest.raises(hp.PolyAttnError, match=r"the first of --arms is softmax, .*; got \['poly3'\]"):
+        prepare("minilm", "--arms", "poly3")
 
 
 @pytest.fixture
