@@ -19,6 +19,7 @@ PICTURES = (
     "benchmarks/cpu.png",
     "benchmarks/h200.png",
     "model_cards/from-scratch-lm.png",
+    "model_cards/from-scratch-translation.png",
     "model_cards/from-scratch-vit.png",
     "model_cards/llama-stories260K.png",
 )
@@ -166,7 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "models": models,
     "private": private,
-    **{f"scratch-{name}": partial(scratch, name) for name in ("vit", "lm")},
+    **{f"scratch-{name}": partial(scratch, name) for name in ("vit", "lm", "translation")},
     "speed": speed,
     "gpu": lambda: speed("benchmarks/h200.json"),
 }
