@@ -94,7 +94,6 @@ def test_rows_know_their_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("spec", ["poly3~1", "poly4-l1"])
 def test_padding_changes_nothing(spec: str) -> None:
-    """Sums in float64, for what is left where o_i S_k is taken from F_k may be a millionth of either."""
 
     def differences(of: Any) -> tuple[float, ...]:
         paddings = (encoder("right", LENGTHS, 60), encoder("left", LENGTHS, 77))
@@ -103,7 +102,7 @@ def test_padding_changes_nothing(spec: str) -> None:
         return tuple(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
     assert max(differences(packed_rows)) < 1e-8
-    assert min(differences(observed_rows)) > 1e-7  # in float32
+    assert min(differences(observed_rows)) > 1e-8  # in float32, padding among the sums
 
 
 LENGTHS = tuple(range(3, 60, 5))

@@ -52,7 +52,11 @@ def fit_of(config: PolyAttentionConfig, intervals: Intervals) -> CoefficientFit:
 
 
 class LinearFit:
-    """Fixed normalizers: linear least squares of o_i on r_i F_k(i), F_k(i) = Σ_j m_ij t_ij^k v_j."""
+    """Fixed normalizers: linear least squares of o_i on r_i F_k(i), F_k(i) = Σ_j m_ij t_ij^k v_j.
+
+    In float64 where the scores are: errors follow from these sums, and float32 would favour intervals that are far too
+    wide for a head's scores, by what it rounds.
+    """
 
     def __init__(self, config: PolyAttentionConfig, intervals: Intervals) -> None:
         self.config, self.intervals = config, intervals
@@ -162,18 +166,19 @@ def _of_size_one(coefficients: Tensor) -> Tensor:
 class _RatioEquations(NormalEquations):
     """Those of one round of the ratio fit: g_k = (F_k − o S_k) / Z_i, beside Σ_i S_k(i) / Z_i.
 
-    Z_i is softmax's partition sum, or that of the coefficients of the round before.
+    Z_i is softmax's partition sum, or that of the coefficients of the round before. In float32: errors are measured.
     """
 
     def __init__(self, config: PolyAttentionConfig, intervals: Intervals, before: Tensor | None = None) -> None:
-        super().__init__(config, intervals)
+        super().__init__(config, intervals, from_below=True)
         self.before = before
         self._tops, self._top_of = torch.unique_consecutive(intervals.tops, dim=0, return_inverse=True)
 
     def see(self, rows: Rows, shifted: Tensor) -> None:
         """Adds rows to the equations of every candidate."""
-        weight, target = rows.grouped(rows.weight), rows.grouped(rows.target.to(shifted.dtype)).unsqueeze(4)
         softmax = self._softmax_sums(rows, shifted) if self.before is None else None
+        weight, target = rows.grouped(rows.weight).float(), rows.grouped(rows.target.float()).unsqueeze(4)
+        shifted = shifted.float()
         for candidates in self.parts(shifted):
             f, s = self.features(rows, shifted, candidates)
             z = self._own_sums(s, candidates) if softmax is None else softmax[:, :, self._top_of[candidates]]
@@ -186,12 +191,12 @@ class _RatioEquations(NormalEquations):
         """Returns softmax's Z_i from each different top, (b, G, tops, H / G, Tq)."""
         left = rows.log_partition_sums() - (rows.scores[..., 0] - shifted[..., 0])
         tops = grouped(self._tops, rows.value.shape[1]).squeeze(-1)
-        return (rows.grouped(left) - tops).exp_().clamp_(min=1e-30, max=1e30).to(shifted.dtype)
+        return (rows.grouped(left) - tops).exp_().clamp_(min=1e-30, max=1e30).float()
 
     def _own_sums(self, s: Tensor, candidates: slice) -> Tensor:
         """Returns |Z_i| of the coefficients before, (b, G, C, H / G, Tq)."""
         assert self.before is not None
-        c = self.before[candidates].to(s.dtype)
+        c = self.of_u(self.before[candidates]).to(s.dtype)
         c = c.reshape(len(c), s.shape[1], -1, c.shape[-1]).transpose(0, 1)  # (G, C, H / G, K)
         z: Tensor = (c.unsqueeze(-2) @ s).squeeze(-2)
         return z.abs().clamp(min=1e-30)
