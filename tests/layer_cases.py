@@ -92,11 +92,17 @@ def vars_of(layer: PolyAttention) -> dict[str, Any]:
 
 
 def error_of(
-    layer: PolyAttention, pattern: dict[str, Any], dtype: torch.dtype, device: str = "cpu", scaling: float = 0.2
+    layer: PolyAttention,
+    pattern: dict[str, Any],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    scaling: float = 0.2,
+    entries: int = B,
 ) -> float:
     """The largest error of a module's output, which one kernel has to give, over the largest number in it."""
-    settings = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in pattern.items()}
-    tensors = [tensor.to(device) for tensor in inputs(settings, dtype)]
+    settings = dict(pattern)
+    tensors = [tensor[:entries].to(device) for tensor in inputs(settings, dtype)]
+    settings = {name: x[:entries].to(device) if isinstance(x, Tensor) else x for name, x in settings.items()}
     with watched() as took, torch.no_grad():
         found = layer.float().to(device)(*tensors, scaling=scaling, **settings)
         exact = layer.double()(*(tensor.double() for tensor in tensors), scaling=scaling, **settings)
