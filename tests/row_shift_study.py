@@ -244,7 +244,7 @@ class StudyFit(LayerFit):
             t = (self.passed_on(rows) - self.top.float()[:, None, None]) / radius + 1.0
             counted = [(t < -1.0) * rows.visible, (t > 1.0) * rows.visible, rows.visible.expand_as(t)]
             clamped += torch.stack([some.double().sum() for some in counted])
-            w = evaluate(self.config.spec, self.coefficients.float(), t.clamp(-1.0, 1.0)) * rows.visible
+            w = evaluate(self.config.spec, self.coefficients.float()[:, None, None], t.clamp(-1.0, 1.0)) * rows.visible
             out = rows.apply(w) * rows.fixed_scale(self.config.spec.normalizer).unsqueeze(-1)
             found.append(out.transpose(1, 2))
         return torch.cat(found)

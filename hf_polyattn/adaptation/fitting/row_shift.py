@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...ops.module import FEATURES
 from ...patching.core import PolyAttention
-from ...patching.row_shift import FEATURES, MomentShift, features
+from ...patching.row_shift import MomentShift, features
 from ...spec import RowShift as Kind
 from .regression import Regression, rows_of_heads
 from .rows import Rows

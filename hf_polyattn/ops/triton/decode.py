@@ -13,8 +13,15 @@ import triton.language as tl
 from .dropout import keep_scale_of
 from .forward import forward_block, weigh_block
 from .loops import locate_program, look
-from .polynomial import compute_factor, load_coefficients, load_inverse_radius, load_offset
-from .shift import join_moments, load_refinement, predict_shift, sum_weights, take_step
+from .polynomial import (
+    compute_factor,
+    compute_t,
+    compute_weights,
+    load_coefficients,
+    load_inverse_radius,
+    load_offset,
+)
+from .shift import join_moments, load_refinement, predict_shift, take_step
 from .tiles import (
     chunk_start,
     chunk_width,
@@ -233,7 +240,7 @@ def row_sum_kernel(
         columns = (start + tl.arange(0, S.block_n))[None, :]
         visible = find_visible(low[:, None], high[:, None], mask_rows, columns, visibility)
         x = tl.load(x_rows + columns, mask=visible & used[:, None], other=0.0)
-        total += tl.sum(tl.where(visible, sum_weights(x, a, b, c, S), 0.0), 1)
+        total += tl.sum(tl.where(visible, compute_weights(compute_t(x, a, b, scores, S), c, S), 0.0), 1)
     tl.store(parts + part * S.block_m + lines, total)
 
 

@@ -67,7 +67,6 @@ def forward_kernel(
     k = (locate(key, entry, head // repeats), key.row)
     v = (locate(value, entry, head // repeats), value.row)
     bounds = find_key_blocks(low, high, visibility, S)
-    n = zero_rows(S.block_m)
     if SHIFTED:
         n = tl.maximum(high - low, 1).to(tl.float32)
         if visibility.mask is not None:

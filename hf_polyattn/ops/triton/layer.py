@@ -9,22 +9,16 @@ from torch import Tensor
 
 from ...spec import NORMALIZERS
 from ..call import Call
+from ..module import MOMENTS, REFINEMENT, ModuleTensors, changed_coefficients
 from . import launch
 from .arguments import Refinement, Shift
 
 #: For rows of at most so many keys the kernel finds the moments itself, by one look more; beyond, sums over the keys.
 LONGEST_LOOK = 1024
-_TENSORS = 6  # of a refinement
-_MOMENTS = ("weights", "means", "scales", "length_shift", "squares", "lengths")
 
 
 def layer(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    polynomial: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    refinements: Sequence[Tensor],
+    tensors: ModuleTensors,
     moments: tuple[Tensor, Tensor] | None,
     pattern: Sequence[Any],
     settings: Sequence[Any],
@@ -32,29 +26,28 @@ def layer(
     """Returns the output (B, Tq, H, Dv).
 
     Args:
-        query, key, value: of the operator.
-        polynomial, shift, refinements: as of `ops.layer.fused_layer`; there is a shift.
+        tensors: of the module; there is a shift.
         moments: mean and variance of the scores of each row, (B, H, Tq); None where the kernel finds them.
         pattern: mask, ranges, seed, causal, window, scaling.
         settings: log2 of the power, number of the normalizer, clamp, interval, α, dropout.
     """
+    query, key, value, polynomial, shift, refinements = tensors
     mask, ranges, seed, causal, window, scaling = pattern
     squarings, normalizer, clamp, interval, _, dropout = settings
     batch, heads, q_len, _ = query.shape
-    *changing, center, radius = polynomial
+    *changing, center, radius = (tensor.detach() for tensor in polynomial)
     call = Call(
         query=query, key=key, value=value, coefficients=_changed(changing, heads), mask=mask, ranges=ranges,
         center=center[None, :, None].expand(batch, heads, q_len), radius=radius if interval else None, seed=seed,
         causal=causal, window=window, scaling=scaling, power=1 << squarings, normalizer=NORMALIZERS[normalizer],
         clamp=clamp, monomial=False, dropout=dropout,
     )  # fmt: skip
-    fields: dict[str, Tensor | Refinement | None] = dict(zip(_MOMENTS, map(_plain, shift[1:]), strict=False))
+    fields: dict[str, Tensor | Refinement | None] = dict(zip(MOMENTS, map(_plain, shift[1:]), strict=False))
     if moments is not None:
         fields |= {"mean": moments[0].contiguous(), "variance": moments[1].contiguous()}
-    for name in ("first", "second")[: len(refinements) // _TENSORS]:
-        *part, inner, width, steps = refinements[:_TENSORS]
-        fields[name] = Refinement(_changed(part, heads).contiguous(), *map(_plain, (inner, width, steps)))
-        refinements = refinements[_TENSORS:]
+    for name, at in zip(("first", "second"), range(0, len(refinements), len(REFINEMENT)), strict=False):
+        *changing, inner, width, steps = map(_plain, refinements[at : at + len(REFINEMENT)])
+        fields[name] = Refinement(_changed(changing, heads).contiguous(), inner, width, steps)
     return launch.forward(call, Shift(_plain(shift[0]), **fields))[0]
 
 
@@ -70,6 +63,5 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _changed(parts: Sequence[Tensor], heads: int) -> Tensor:
-    """Returns c + δA, (H, P + 1), as `patching.relative` computes it."""
-    coefficients, delta, directions = (part.detach() for part in parts)
-    return (coefficients + (delta.unsqueeze(-1) * directions).sum(-2)).expand(heads, -1)
+    """Returns c + δA of each head."""
+    return changed_coefficients(*parts).expand(heads, -1)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..module import FEATURES, ROW_SUMS, STEPS
 from .loops import visit_blocks
+from .polynomial import compute_t, compute_weights
 from .tiles import chunk_start, chunk_width, count_chunks, load_rows, multiply_transposed, zero_rows
 from .visibility import find_visible
 
-# Those of patching.row_shift: the features that are not squares, coefficients of a step, and what S is held between.
-_FEATURES = tl.constexpr(8)
-_LOG_N = tl.constexpr(6)
-_STEPS = tl.constexpr(5)
-_LEAST = tl.constexpr(0.2)
-_MOST = tl.constexpr(5.0)
+_FEATURES = tl.constexpr(len(FEATURES))
+_LOG_N = tl.constexpr(FEATURES.index("log n"))
+_STEPS = tl.constexpr(STEPS)
+_LEAST, _MOST = map(tl.constexpr, ROW_SUMS)
 
 
 @triton.jit
@@ -117,29 +117,13 @@ def load_refinement(part, head, S: tl.constexpr):
 
 
 @triton.jit
-def sum_weights(x, a, b, c, S: tl.constexpr):
-    """Returns the weights of a tile of products by a refinement's polynomial."""
-    degree: tl.constexpr = S.degree
-    squarings: tl.constexpr = S.squarings
-    t = x * a + b
-    if S.clamp:
-        t = tl.clamp(t, -1.0, 1.0)
-    w = c[degree] * t + c[degree - 1]
-    for k in tl.static_range(degree - 2, -1, -1):
-        w = w * t + c[k]
-    for _ in tl.static_range(squarings):
-        w *= w
-    return w
-
-
-@triton.jit
 def _row_sum_block(total, start, operands, MASKED: tl.constexpr, S: tl.constexpr):
     """Adds the keys start..start + block_n to the row sums of a refinement's polynomial."""
-    q, key, seen, visibility, a, b, c = operands
+    q, key, seen, visibility, a, b, c, scores = operands
     low, high, mask_rows = seen
     even: tl.constexpr = S.k_even or not MASKED
     k = load_rows(key[0], key[1], start, visibility.k_len, S.block_n, S.head_dim, even)
-    w = sum_weights(multiply_transposed(q, k, S), a, b, c, S)
+    w = compute_weights(compute_t(multiply_transposed(q, k, S), a, b, scores, S), c, S)
     if MASKED:
         columns = (start + tl.arange(0, S.block_n))[None, :]
         w = tl.where(find_visible(low, high, mask_rows, columns, visibility), w, 0.0)
@@ -166,7 +150,7 @@ def _refine(s, q, key, seen, n, bounds, center, head, scores, visibility, part, 
     """Returns s_i + g(S_i)."""
     c, offset, inverse_radius = load_refinement(part, head, S)
     b = (-inverse_radius * (center + offset + s))[:, None]
-    operands = (q, key, seen, visibility, scores.scaling * inverse_radius, b, c)
+    operands = (q, key, seen, visibility, scores.scaling * inverse_radius, b, c, scores)
     total = visit_blocks(_row_sum_block, zero_rows(S.block_m), operands, bounds, visibility, S.block_n, S.k_even, S)
     return s + take_step(total, n, part, head, S)
 
