@@ -94,7 +94,6 @@ def test_rows_know_their_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("spec", ["poly3~1", "poly4-l1"])
 def test_padding_changes_nothing(spec: str) -> None:
-
     def differences(of: Any) -> tuple[float, ...]:
         paddings = (encoder("right", LENGTHS, 60), encoder("left", LENGTHS, 77))
         one, other = (fitted(spec, seen, row_shift="moments", rows_of=of) for seen in paddings)
